@@ -1,0 +1,28 @@
+"""Packaging of axolotl-medusa: `pip install -e .` beside an installed axolotl."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+AXOLOTL = "axolotl>=0.19"
+
+setup(
+    name="axolotl-medusa",
+    version="0.1.0",
+    description="An Axolotl plugin that trains Medusa decoding heads for any Hugging Face causal LM",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"axolotl_medusa": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=["pydantic>=2", "safetensors", "torch>=2.6", "transformers>=5"],
+    extras_require={
+        # Training needs axolotl; decoding and exporting work without it.
+        "train": [AXOLOTL],
+        "gpu": [AXOLOTL, "flash-attn", "deepspeed"],
+        "data": ["httpx", "tqdm"],
+        "dev": ["httpx", "mypy==2.3.0", "pre-commit", "pytest>=8", "ruff==0.16.0", "tqdm", "types-PyYAML"],
+    },
+)

@@ -1,0 +1,290 @@
+"""The YAML keys: defaults, bounds, meaning, and every contradiction that can be seen before a model loads.
+
+Contract: imports nothing of ours and neither axolotl nor torch. Defaults come from the recipes of the Medusa paper
+(arXiv 2401.10774, section 3) as its first public trainer shipped them, unless a key says otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf")
+
+RENAMED_BY_AXOLOTL = {
+    "base_model_config": "remove it; axolotl takes the config from base_model (or tokenizer_config)",
+    "is_llama_derived_model": "remove it; axolotl no longer reads it",
+    "is_mistral_derived_model": "remove it; axolotl no longer reads it",
+    "is_falcon_derived_model": "remove it; axolotl no longer reads it",
+    "is_qwen_derived_model": "remove it; axolotl no longer reads it",
+    "eval_batch_size_per_device": "use eval_batch_size",
+    "xformers_attention": "use attn_implementation: sdpa or flash_attention_2",
+    "noisy_embedding_alpha": "use neftune_noise_alpha",
+    "push_dataset_to_hub": "use hub_model_id for models; push data sets yourself",
+}
+"""Keys of the first Medusa fork of axolotl that axolotl has since renamed or dropped, with what to write today."""
+
+
+class MedusaArgs(BaseModel):
+    """The `medusa_*` keys of an axolotl YAML."""
+
+    medusa_num_heads: int = Field(
+        ge=1, le=16, description="Number of heads N; head i predicts the token i + 2 ahead. Recipes: 5 (paper), 3 for a chain."
+    )
+    medusa_num_layers: int = Field(
+        default=1, ge=1, le=8, description="Residual blocks per head, independent of each other. Default: paper, 1."
+    )
+    medusa_only_heads: bool = Field(
+        default=False, description="true: Medusa-1, the backbone is frozen. false: Medusa-2, heads and backbone together."
+    )
+    medusa_heads_coefficient: float = Field(
+        default=0.2, gt=0.0, description="λ0, weight of the heads' losses. Default: paper, section 2.2.2, 0.2."
+    )
+    medusa_decay_coefficient: float = Field(
+        default=0.8, gt=0.0, le=1.0, description="Head i (from 0) is weighted λ0 · decay^(i + 1). Default: paper, 0.8."
+    )
+    medusa_scheduler: str = Field(
+        default="constant",
+        description="Factor on λ0 over training: constant, linear, sine, or sine_R (sine up to the fraction R, then 1).",
+    )
+    medusa_lr_multiplier: float = Field(
+        default=1.0, gt=0.0, description="Learning rate of the heads relative to the backbone's. The recipes use 4."
+    )
+    medusa_num_unfreeze_layers: int = Field(
+        default=0, ge=0, description="Train only the last n decoder layers and the final norm with the heads; 0: all layers."
+    )
+    medusa_self_distillation: bool = Field(
+        default=False, description="Adds KL(frozen self ‖ trained self) to the base loss; the teacher is the model with adapters off."
+    )
+    medusa_lm_coefficient: float | None = Field(
+        default=None, ge=0.0, description="Weight of the base model's own CE. Default: 1.0, or 0.0 with self-distillation."
+    )
+    medusa_kl_coefficient: float | None = Field(
+        default=None, ge=0.0, description="Weight of the self-distillation KL. Default: 1.0 with self-distillation."
+    )
+    medusa_distillation_regularization: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="α: base targets are α · own softmax + (1 - α) · one-hot."
+    )
+    medusa_logging: bool = Field(default=True, description="Log per-head losses and accuracies, and the acceptance length.")
+    medusa_logging_topk: int = Field(default=5, ge=1, le=100, description="Accuracies logged: top 1 to k.")
+    medusa_lm_head: Literal["separate", "shared"] = Field(
+        default="separate",
+        description="separate: each head owns an output layer started from lm_head (v1). shared: heads reuse lm_head (v2).",
+    )
+    medusa_init_from: str | None = Field(
+        default=None, description="Canonical directory, or an output_dir, whose heads training starts from (stage 2 after stage 1)."
+    )
+    medusa_head_loss: Literal["ce", "kl"] = Field(
+        default="ce", description="ce, or kl: heads learn the base model's own distribution at the position they predict."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        problems = unknown_key_problems(data) if isinstance(data, Mapping) else []
+        if problems:
+            raise ValueError("; ".join(problems))
+        return data
+
+    @model_validator(mode="after")
+    def _fill_dependent_defaults(self) -> MedusaArgs:
+        if self.medusa_lm_coefficient is None:
+            self.medusa_lm_coefficient = 0.0 if self.medusa_self_distillation else 1.0
+        if self.medusa_kl_coefficient is None:
+            self.medusa_kl_coefficient = 1.0 if self.medusa_self_distillation else 0.0
+        return self
+
+
+def unknown_key_problems(cfg: Mapping[str, Any]) -> list[str]:
+    """One line for each `medusa_*` key that does not exist, with the nearest one that does."""
+    problems = []
+    for key in sorted(str(key) for key in cfg if str(key).startswith("medusa")):
+        if key not in MedusaArgs.model_fields:
+            nearest = difflib.get_close_matches(key, MedusaArgs.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(MedusaArgs.model_fields)}"
+            problems.append(f"{key} is not a key of axolotl-medusa: {hint}")
+    return problems
+
+
+def renamed_key_hints(cfg: Mapping[str, Any]) -> list[str]:
+    """One line for each key of an old YAML that axolotl has since renamed or dropped."""
+    hints = [f"{key}: {hint}" for key, hint in RENAMED_BY_AXOLOTL.items() if key in cfg]
+    for dataset in cfg.get("datasets") or []:
+        if str(dataset.get("type", "")).startswith("sharegpt"):
+            hints.append(
+                f"datasets type sharegpt ({dataset.get('path')}): use `type: chat_template`, `field_messages: conversations`, "
+                "`message_property_mappings: {role: from, content: value}`"
+            )
+    return hints
+
+
+def config_problems(cfg: Mapping[str, Any]) -> list[str]:
+    """Everything that is wrong with the Medusa part of a YAML, one line each, found before the model loads.
+
+    Args:
+        cfg: The whole YAML as a mapping, before or after axolotl's own validation.
+
+    Returns:
+        Lines that say what was found, what was expected and what to do; empty when all is well.
+    """
+    problems = unknown_key_problems(cfg)
+    known = {key: cfg[key] for key in MedusaArgs.model_fields if cfg.get(key) is not None}
+    try:
+        args = MedusaArgs.model_validate(known)
+    except ValidationError as error:
+        problems += [_bound_problem(details) for details in error.errors()]
+        args = MedusaArgs.model_validate({"medusa_num_heads": 1})
+        for key, value in known.items():  # so that contradictions among the other keys are reported in the same run
+            if not any(details["loc"][:1] == (key,) for details in error.errors()):
+                setattr(args, key, value)
+    problems += _schedule_problems(args)
+    problems += _recipe_problems(args, cfg)
+    problems += _size_problems(args, cfg)
+    problems += _trainer_problems(args, cfg)
+    problems += _base_model_problems(cfg)
+    if args.medusa_init_from is not None:
+        problems += _init_from_problems(args)
+    return problems
+
+
+def heads_directory(path: str | Path) -> Path:
+    """The canonical directory at `path`, which is one itself or an output_dir that holds one as `medusa_heads`."""
+    path = Path(path).expanduser()
+    return path / "medusa_heads" if (path / "medusa_heads").is_dir() else path
+
+
+def _bound_problem(details: Any) -> str:
+    key = ".".join(str(part) for part in details["loc"]) or "YAML"
+    if details["type"] == "missing":
+        return f"{key} is missing: set the number of heads, e.g. `medusa_num_heads: 5`"
+    found = details.get("input")
+    return f"{key} is {found!r}: {details['msg'][0].lower()}{details['msg'][1:]}"
+
+
+def _schedule_problems(args: MedusaArgs) -> list[str]:
+    match = re.fullmatch(r"constant|linear|sine(?:_(\d*\.?\d+))?", args.medusa_scheduler)
+    if match and (match.group(1) is None or 0.0 < float(match.group(1)) <= 1.0):
+        return []
+    return [
+        f"medusa_scheduler is {args.medusa_scheduler!r}: expected constant, linear, sine, or sine_R with 0 < R <= 1 "
+        "(sine_0.5 reaches the full coefficient after half of the training)"
+    ]
+
+
+def _recipe_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
+    problems = []
+    adapter = cfg.get("adapter")
+    if args.medusa_only_heads and args.medusa_self_distillation:
+        problems.append(
+            "medusa_only_heads and medusa_self_distillation are both true: with a frozen backbone there is nothing to distil; "
+            "for Medusa-2 set medusa_only_heads: false, for Medusa-1 remove medusa_self_distillation "
+            "(heads learn the model's own distribution with medusa_head_loss: kl)"
+        )
+    if args.medusa_self_distillation and not adapter:
+        problems.append(
+            "medusa_self_distillation is true without an adapter: the teacher is the same model with its adapters off; "
+            "set adapter: lora or qlora"
+        )
+    if args.medusa_num_unfreeze_layers and adapter:
+        problems.append(
+            f"medusa_num_unfreeze_layers is {args.medusa_num_unfreeze_layers} with adapter: {adapter}: an adapter freezes all "
+            "layers; remove one of the two"
+        )
+    if args.medusa_num_unfreeze_layers and args.medusa_only_heads:
+        problems.append(
+            f"medusa_num_unfreeze_layers is {args.medusa_num_unfreeze_layers} with medusa_only_heads: true, which freezes every "
+            "layer; set medusa_only_heads: false or remove medusa_num_unfreeze_layers"
+        )
+    if args.medusa_num_unfreeze_layers and cfg.get("unfrozen_parameters"):
+        problems.append("medusa_num_unfreeze_layers and unfrozen_parameters are both set: keep one of the two")
+    if args.medusa_kl_coefficient and not args.medusa_self_distillation:
+        problems.append(
+            f"medusa_kl_coefficient is {args.medusa_kl_coefficient} without medusa_self_distillation: there is no teacher; "
+            "set medusa_self_distillation: true or remove the coefficient"
+        )
+    if args.medusa_self_distillation and args.medusa_kl_coefficient == 0.0:
+        problems.append("medusa_kl_coefficient is 0 with medusa_self_distillation: true, which then does nothing; remove one")
+    if args.medusa_distillation_regularization and args.medusa_only_heads:
+        problems.append(
+            "medusa_distillation_regularization shapes the base loss, which medusa_only_heads: true does not train; remove one"
+        )
+    if (
+        args.medusa_distillation_regularization
+        and args.medusa_self_distillation
+        and not args.medusa_lm_coefficient
+    ):
+        problems.append(
+            "medusa_distillation_regularization shapes the base model's CE, whose weight medusa_lm_coefficient is 0 with "
+            "self-distillation; set medusa_lm_coefficient or remove the regularization"
+        )
+    if args.medusa_only_heads and args.medusa_lm_coefficient not in (None, 1.0):
+        problems.append("medusa_lm_coefficient weights the base loss, which medusa_only_heads: true does not train; remove one")
+    return problems
+
+
+def _size_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
+    sequence_len = cfg.get("sequence_len")
+    if sequence_len and args.medusa_num_heads + 2 > int(sequence_len):
+        return [
+            f"medusa_num_heads is {args.medusa_num_heads} but sequence_len is {sequence_len}: head {args.medusa_num_heads - 1} "
+            f"predicts {args.medusa_num_heads + 1} tokens ahead and would never have a target; lower one or raise the other"
+        ]
+    return []
+
+
+def _trainer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if cfg.get("rl") or cfg.get("reward_model") or cfg.get("process_reward_model"):
+        problems.append("rl and reward models train with other losses: Medusa heads need plain fine-tuning; remove rl/reward_model")
+    metric = str(cfg.get("metric_for_best_model") or "")
+    if "medusa" in metric and not args.medusa_logging:
+        problems.append(f"metric_for_best_model is {metric} but medusa_logging is false: the metric would not exist; set it to true")
+    for key in ("relora", "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree"):
+        value = cfg.get(key)
+        if value and value != 1:
+            problems.append(f"{key} is {value}: targets of Medusa heads reach across its parts and it is not supported; remove it")
+    if str(cfg.get("fsdp_version") or "2") == "1" and (cfg.get("fsdp_config") or cfg.get("fsdp")):
+        problems.append("fsdp_version is 1: its flattened parameters cannot hold heads beside frozen layers; set fsdp_version: 2")
+    if cfg.get("label_smoothing_factor"):
+        problems.append("label_smoothing_factor replaces the loss that trains the heads; remove it")
+    return problems
+
+
+def _base_model_problems(cfg: Mapping[str, Any]) -> list[str]:
+    name = str(cfg.get("base_model") or "")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            return [f"base_model {name} has no config.json: expected a Hugging Face model directory"]
+        if not any(any(path.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
+            return [f"base_model {name} has no weights ({', '.join(_WEIGHT_PATTERNS)}): is the download complete?"]
+    elif name.startswith(("/", ".", "~")):
+        return [f"base_model {name} does not exist: expected a model directory or a hub name"]
+    return []
+
+
+def _init_from_problems(args: MedusaArgs) -> list[str]:
+    directory = heads_directory(str(args.medusa_init_from))
+    config_file = directory / "config.json"
+    if not config_file.is_file() or not (directory / "medusa_lm_head.safetensors").is_file():
+        return [
+            f"medusa_init_from {args.medusa_init_from} holds no heads: expected config.json and medusa_lm_head.safetensors there or "
+            "in its medusa_heads folder; run stage 1 first"
+        ]
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    found = {
+        "medusa_num_heads": config.get("medusa_num_heads"),
+        "medusa_num_layers": config.get("medusa_num_layers"),
+        "medusa_lm_head": "shared" if config.get("original_lm_head") else "separate",
+    }
+    return [
+        f"{key} is {getattr(args, key)!r} but the heads in medusa_init_from {args.medusa_init_from} have {value!r}: use the same value"
+        for key, value in found.items()
+        if value != getattr(args, key)
+    ]

@@ -1,0 +1,267 @@
+"""The training objective of a causal LM with heads, computed inside the model's own forward.
+
+Contract: knows the model, its heads and the losses; nothing about axolotl, optimizers or files. The loss is computed in
+the forward of the wrapped model because that is where DDP, FSDP and ZeRO-3 gather parameters and hook gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from axolotl_medusa.heads import (
+    MedusaHeads,
+    attached_heads,
+    backbone,
+    causal_lm,
+    embedding_shape,
+    frozen_output_embedding,
+    logit_transform,
+    output_embedding,
+)
+from axolotl_medusa.loss import IGNORE_INDEX, RowLosses, RowLossWeights, medusa_targets, row_losses
+
+BASE_LOSS_SAMPLE = 16
+"""In Medusa-1 training the base loss is only watched: every 16th row of each batch keeps that below 1% of a step."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is trained and how it is weighted; the YAML key of each field is `medusa_` + its name.
+
+    Attributes:
+        only_heads: Medusa-1: no gradient for the backbone and no base loss.
+        decay_coefficient: Head i is weighted `coefficient · decay^(i + 1)`.
+        lm_coefficient: Weight of the base model's own cross-entropy.
+        kl_coefficient: Weight of KL(frozen self ‖ trained self).
+        distillation_regularization: Share α of the model's own softmax in the base targets.
+        head_loss: `ce`, or `kl` from the model's own distribution at the position that a head predicts.
+        logging: Whether ranks are computed for accuracies and the acceptance length.
+        logging_topk: Accuracies top 1 to k.
+        recompute: See `loss.row_losses`.
+    """
+
+    only_heads: bool = False
+    decay_coefficient: float = 0.8
+    lm_coefficient: float = 1.0
+    kl_coefficient: float = 0.0
+    distillation_regularization: float = 0.0
+    head_loss: Literal["ce", "kl"] = "ce"
+    logging: bool = True
+    logging_topk: int = 5
+    recompute: bool | None = None
+
+
+@dataclass
+class MedusaOutput(ModelOutput):  # type: ignore[misc]
+    """What the patched forward returns when it is given labels.
+
+    Attributes:
+        loss: The loss of DESIGN's "The maths", scalar.
+        metric_sums: Sums in the order of `metric_names`, `[metrics, 2]`: numerators and denominators, detached, fp64.
+    """
+
+    loss: Tensor | None = None
+    metric_sums: Tensor | None = None
+
+
+def metric_names(num_heads: int, objective: Objective) -> list[str]:
+    """Names of the metrics in the order of `MedusaOutput.metric_sums`."""
+    names = ["base_loss"]
+    if objective.kl_coefficient:
+        names += ["base_ce", "base_kl"]
+    for head in range(num_heads):
+        names.append(f"medusa{head}_loss")
+        names += [f"medusa{head}_top{k}" for k in range(1, objective.logging_topk + 1)] if objective.logging else []
+    return names + (["medusa_acceptance_length"] if objective.logging else [])
+
+
+def install_objective(model: nn.Module, objective: Objective) -> None:
+    """Makes the causal LM inside `model` return the Medusa loss when it is given labels.
+
+    The new forward takes, beside the model's own arguments, `num_items_in_batch` (targets of the base model and of each
+    head in the whole optimizer step, `[num_heads + 1]`; without, those of this batch) and `medusa_coefficient` (λ, the
+    heads' weight at this step, default 1). Calls without labels reach the model's own forward unchanged.
+
+    Args:
+        model: A model that `heads.attach_heads` was called on, possibly wrapped by peft.
+        objective: What to train.
+    """
+    lm = causal_lm(model)
+    attached_heads(model)
+    own_forward = lm.forward
+    disable_adapter = getattr(model, "disable_adapter", None)
+
+    def forward(
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
+        medusa_coefficient: float = 1.0,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None:
+            return own_forward(input_ids=input_ids, **kwargs)
+        kwargs.pop("return_dict", None)
+        run = _Run(lm, objective, disable_adapter, {"input_ids": input_ids, **kwargs, "use_cache": False})
+        return run(labels, num_items_in_batch, medusa_coefficient)
+
+    lm.forward = forward
+
+
+class _Run:
+    """One forward of the objective over one micro-batch."""
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        objective: Objective,
+        disable_adapter: Callable[[], contextlib.AbstractContextManager[None]] | None,
+        inputs: dict[str, Any],
+    ) -> None:
+        self.lm = lm
+        self.objective = objective
+        self.disable_adapter = disable_adapter or contextlib.nullcontext
+        self.inputs = inputs
+        self.heads: MedusaHeads = attached_heads(lm)
+        self.output: nn.Module = output_embedding(lm)
+        self.transform = logit_transform(lm.config)
+        self.vocab_size = embedding_shape(self.output)[0]
+
+    def __call__(self, labels: Tensor, counts: Tensor | None, coefficient: float) -> MedusaOutput:
+        objective, heads = self.objective, self.heads
+        targets = medusa_targets(labels, heads.num_heads, self.inputs.get("position_ids"))
+        targets = targets.to(self.lm.get_input_embeddings().weight.device)  # type: ignore[operator, union-attr]
+        targets = targets.flatten(0, 1)
+        rows = (targets[:, 0] != IGNORE_INDEX).nonzero().squeeze(1)
+        all_hidden = self._last_hidden(teacher=False).flatten(0, 1)
+        targets = targets.to(all_hidden.device)
+        rows = rows.to(all_hidden.device)
+        if counts is None:
+            counts = (targets != IGNORE_INDEX).sum(dim=0)
+        counts = counts.to(all_hidden.device).clamp(min=1)
+        base_loss, sums = self._base_loss(all_hidden, rows, targets)
+        loss = base_loss / counts[0]
+        correct = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+        accepted = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for head in range(heads.num_heads):
+            chosen = targets[rows, head + 1] != IGNORE_INDEX
+            result = self._head_loss(head, all_hidden, rows[chosen], targets[rows[chosen], head + 1])
+            weight = coefficient * objective.decay_coefficient ** (head + 1)
+            loss = loss + weight * result.loss / counts[head + 1]
+            sums.append((result.loss.detach(), chosen.sum()))
+            if result.ranks is not None:
+                sums += [((result.ranks < k).sum(), chosen.sum()) for k in range(1, objective.logging_topk + 1)]
+                correct &= torch.zeros_like(correct).masked_scatter(chosen, result.ranks == 0)
+                accepted += correct.sum()
+        if objective.logging:
+            sums.append((accepted + rows.shape[0], torch.tensor(rows.shape[0], device=rows.device)))
+        stacked = torch.stack([torch.stack([part.double() for part in pair]) for pair in sums])
+        return MedusaOutput(loss=loss, metric_sums=stacked)
+
+    def _last_hidden(self, *, teacher: bool) -> Tensor:
+        """Last hidden states after the final norm, `[batch, seq, hidden]`, with a gradient only where one is needed."""
+        decoder = backbone(self.lm)
+        if not teacher and not self.objective.only_heads:
+            hidden: Tensor = decoder(**self.inputs)[0]
+            return hidden
+        with torch.no_grad(), _evaluating(decoder):
+            hidden = decoder(**self.inputs)[0]
+        return hidden
+
+    def _project(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        logits: Tensor = layer(hidden.to(_weight_dtype(layer)))
+        return self.transform(logits)
+
+    def _base_loss(self, all_hidden: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The base model's loss over the counted rows (a sum), and its metrics."""
+        objective = self.objective
+        if objective.only_heads:
+            watched = rows[:: BASE_LOSS_SAMPLE if self.lm.training else 1]
+            with torch.no_grad():
+                result = self._row_losses(self.output, all_hidden[watched], targets[watched, 0], with_ranks=False)
+            return torch.zeros_like(result.loss), [(result.cross_entropy, _count(watched))]
+        fixed_logits = None
+        if objective.kl_coefficient:
+            with self.disable_adapter():
+                teacher_hidden = self._last_hidden(teacher=True).flatten(0, 1)[rows]
+            frozen_layer = frozen_output_embedding(self.output)
+
+            def fixed_logits(chunk: slice) -> Tensor:
+                return self._project(frozen_layer, teacher_hidden[chunk])
+
+        weights = RowLossWeights(
+            objective.lm_coefficient, objective.kl_coefficient, objective.distillation_regularization
+        )
+        result = self._row_losses(
+            self.output,
+            all_hidden[rows],
+            targets[rows, 0],
+            fixed_logits=fixed_logits,
+            weights=weights,
+            with_ranks=False,
+        )
+        sums = [(result.loss.detach(), _count(rows))]
+        if objective.kl_coefficient:
+            sums += [(result.cross_entropy, _count(rows)), (result.kl, _count(rows))]
+        return result.loss, sums
+
+    def _head_loss(self, head: int, all_hidden: Tensor, rows: Tensor, targets: Tensor) -> RowLosses:
+        """The loss of one head over its counted rows (a sum)."""
+        hidden = self.heads.hidden(head, all_hidden[rows])
+        layer = self.heads.output_layer(head) or self.output
+        if self.objective.head_loss == "ce":
+            return self._row_losses(layer, hidden, targets, with_ranks=self.objective.logging)
+        predicted = all_hidden.detach()[rows + 1 + head]
+
+        def fixed_logits(chunk: slice) -> Tensor:
+            with _evaluating(self.output):
+                return self._project(self.output, predicted[chunk])
+
+        return self._row_losses(
+            layer,
+            hidden,
+            targets,
+            fixed_logits=fixed_logits,
+            weights=RowLossWeights(cross_entropy=0.0, kl=1.0),
+            with_ranks=self.objective.logging,
+        )
+
+    def _row_losses(self, layer: nn.Module, hidden: Tensor, targets: Tensor, **kwargs: Any) -> RowLosses:
+        return row_losses(
+            hidden,
+            targets,
+            partial(self._project, layer),
+            vocab_size=self.vocab_size,
+            parameters=list(layer.parameters()),
+            recompute=self.objective.recompute,
+            **kwargs,
+        )
+
+
+def _count(rows: Tensor) -> Tensor:
+    return torch.tensor(rows.shape[0], device=rows.device)
+
+
+def _weight_dtype(layer: nn.Module) -> torch.dtype:
+    dtype: torch.dtype = frozen_output_embedding(layer).weight.dtype  # type: ignore[assignment, union-attr]
+    return dtype
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Switches dropout off: what is frozen must answer in training as it does when it is served."""
+    training = module.training
+    if training:
+        module.eval()
+    try:
+        yield
+    finally:
+        if training:
+            module.train()

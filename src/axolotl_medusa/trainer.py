@@ -1,0 +1,332 @@
+"""Axolotl's trainer with the Medusa objective: which parameters train and how fast, target counts, metrics, checkpoints.
+
+Contract: the loss itself is in `objective` (the model's forward) and the files are in `checkpoint`; this module only
+connects them to axolotl's trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from torch import Tensor, nn
+
+from axolotl_medusa.args import MedusaArgs
+from axolotl_medusa.checkpoint import (
+    HeadsFile,
+    heads_config,
+    heads_file,
+    heads_meta,
+    load_into,
+    read_heads,
+    without_heads,
+    write_heads,
+)
+from axolotl_medusa.heads import HEADS_NAME, attached_heads, backbone, causal_lm, decoder_layers
+from axolotl_medusa.loss import scheduler_factor, target_counts
+from axolotl_medusa.objective import Objective, metric_names
+
+LOG = get_logger(__name__)
+
+HEADS_FOLDER = "medusa_heads"
+
+
+def objective_of(cfg: DictDefault) -> Objective:
+    """The training objective that a validated YAML asks for."""
+    return Objective(
+        only_heads=cfg.medusa_only_heads,
+        decay_coefficient=cfg.medusa_decay_coefficient,
+        lm_coefficient=cfg.medusa_lm_coefficient,
+        kl_coefficient=cfg.medusa_kl_coefficient,
+        distillation_regularization=cfg.medusa_distillation_regularization,
+        head_loss=cfg.medusa_head_loss,
+        logging=cfg.medusa_logging,
+        logging_topk=cfg.medusa_logging_topk,
+    )
+
+
+def set_trainable(model: nn.Module, cfg: DictDefault) -> None:
+    """Chooses what trains: the heads always; of the backbone nothing, the last layers, or what axolotl chose.
+
+    Args:
+        model: The model with heads attached, possibly wrapped by peft.
+        cfg: The validated YAML.
+    """
+    if cfg.medusa_only_heads:
+        model.requires_grad_(False)
+    elif cfg.medusa_num_unfreeze_layers:
+        layers, parent = decoder_layers(model)
+        if cfg.medusa_num_unfreeze_layers > len(layers):
+            raise ValueError(
+                f"medusa_num_unfreeze_layers is {cfg.medusa_num_unfreeze_layers} but the model has {len(layers)} decoder layers"
+            )
+        model.requires_grad_(False)
+        for layer in list(layers)[-cfg.medusa_num_unfreeze_layers :]:
+            layer.requires_grad_(True)
+        for child in parent.children():  # the final norm: what stands beside the layers and has only vectors
+            parameters = list(child.parameters())
+            if child is not layers and parameters and all(parameter.dim() == 1 for parameter in parameters):
+                child.requires_grad_(True)
+    attached_heads(model).requires_grad_(True)
+
+
+def check_trainable(model: nn.Module, cfg: DictDefault) -> dict[str, int]:
+    """Counts the trainable parameters and refuses a set that the recipe does not mean.
+
+    Returns:
+        Parameters per part: `heads`, `adapter`, `backbone`.
+
+    Raises:
+        RuntimeError: Heads are frozen, a frozen backbone is trainable, or Medusa-2 would train no backbone.
+    """
+    counts = {"heads": 0, "adapter": 0, "backbone": 0}
+    frozen_heads = []
+    for name, parameter in model.named_parameters():
+        size = int(getattr(parameter, "ds_numel", parameter.numel()))
+        if HEADS_NAME in name.split("."):
+            counts["heads"] += size
+            if not parameter.requires_grad:
+                frozen_heads.append(name)
+        elif parameter.requires_grad:
+            is_adapter = any(mark in name for mark in ("lora_", "modules_to_save", "trainable_tokens"))
+            counts["adapter" if is_adapter else "backbone"] += size
+    if frozen_heads:
+        raise RuntimeError(f"{len(frozen_heads)} tensors of the heads are frozen, e.g. {frozen_heads[0]}: nothing would train them")
+    if cfg.medusa_only_heads and counts["adapter"] + counts["backbone"]:
+        raise RuntimeError(f"medusa_only_heads is true but parameters beside the heads are trainable: {counts}")
+    if not cfg.medusa_only_heads and not counts["adapter"] + counts["backbone"]:
+        raise RuntimeError("Medusa-2 trains the backbone, but none of it is trainable: set medusa_only_heads: true for Medusa-1")
+    if cfg.adapter and counts["backbone"]:
+        raise RuntimeError(f"with adapter: {cfg.adapter} only the adapter and the heads train, but so would the backbone: {counts}")
+    return counts
+
+
+class HeadsSaver:
+    """Saves heads beside the backbone wherever the model is saved: checkpoints, the end of training, an interruption.
+
+    Axolotl calls the model's own `save_pretrained` directly at the end and on SIGINT, without a hook; so the instance's
+    method is replaced, here and nowhere else.
+    """
+
+    def __init__(self, model: nn.Module, cfg: DictDefault, tokenizer: Any) -> None:
+        self.model = model
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.collected: HeadsFile | None = None
+        self._own_save = model.save_pretrained
+        model.save_pretrained = MethodType(lambda _model, *args, **kwargs: self.save(*args, **kwargs), model)
+
+    def collect(self) -> HeadsFile:
+        """Copies the heads to the CPU; under ZeRO-3 and FSDP every rank must call it."""
+        recipe = "medusa-1" if self.cfg.medusa_only_heads else "medusa-2"
+        config = heads_config(attached_heads(self.model), self.cfg.base_model)
+        return heads_file(self.model, config, heads_meta(self.model, recipe, self.cfg))
+
+    def save(self, save_directory: str | Path, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
+        """Writes the backbone without heads (Medusa-2 only) and the heads into `medusa_heads`."""
+        if not self.cfg.medusa_only_heads:
+            if state_dict is None:
+                state_dict = self.model.state_dict()
+            self._own_save(save_directory, *args, state_dict=without_heads(state_dict), **kwargs)
+        directory = Path(save_directory) / HEADS_FOLDER
+        write_heads(directory, self.collected or self.collect())
+        self.tokenizer.save_pretrained(str(directory))
+        LOG.info(f"Medusa heads saved to {directory}")
+
+
+class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
+    """Trains Medusa heads; `setup_medusa` must be called before training, which the plugin does.
+
+    Attributes:
+        medusa_trains: Whether this trainer was made to train; otherwise an evaluation loads the trained heads first.
+    """
+
+    medusa_trains = False
+
+    def setup_medusa(self, cfg: DictDefault) -> None:
+        """Takes over the model that the plugin attached heads to.
+
+        Args:
+            cfg: The validated YAML.
+
+        Raises:
+            RuntimeError: The model has no heads, or the trainable set is not what the recipe means.
+        """
+        if self.args.n_gpu > 1:
+            raise RuntimeError(
+                f"{self.args.n_gpu} GPUs in one process (DataParallel): start with `accelerate launch -m axolotl.cli.train`, "
+                "one process a GPU"
+            )
+        self.medusa_cfg = cfg
+        self.medusa_objective = objective_of(cfg)
+        self.medusa_num_heads = attached_heads(self.model).num_heads
+        self.model_accepts_loss_kwargs = True  # the objective divides by the counts of the whole step itself
+        self._medusa_names = metric_names(self.medusa_num_heads, self.medusa_objective)
+        self._medusa_sums: dict[str, Tensor | None] = {"train": None, "eval": None}
+        set_trainable(self.model, cfg)
+        counts = check_trainable(self.model, cfg)
+        LOG.info("Medusa trains " + ", ".join(f"{part}: {size:,}" for part, size in counts.items()) + " parameters")
+        self._saver = HeadsSaver(self.model, cfg, self.processing_class)
+
+    @property
+    def medusa_scheduler_coefficient(self) -> float:
+        """Factor on λ0 at the current optimizer step."""
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        return scheduler_factor(self.medusa_cfg.medusa_scheduler, progress)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """Collects the micro-batches of an optimizer step and counts the targets of the base model and of each head.
+
+        Returns:
+            The micro-batches and the counts over all of them and all ranks, `[num_heads + 1]`.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        counts = torch.stack(
+            [
+                target_counts(batch["labels"], self.medusa_num_heads, batch.get("position_ids")).to(device)
+                for batch in batches
+            ]
+        ).sum(dim=0)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return batches, counts
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The objective's loss; in evaluation with the full coefficient and over the batch's own counts."""
+        coefficient = self.medusa_cfg.medusa_heads_coefficient
+        if model.training:
+            coefficient *= self.medusa_scheduler_coefficient
+        else:
+            num_items_in_batch = None
+        loss, outputs = super().compute_loss(
+            model,
+            {**inputs, "medusa_coefficient": coefficient},
+            return_outputs=True,
+            num_items_in_batch=num_items_in_batch,
+        )
+        if model.training and not torch.isfinite(loss):
+            self._stop_on_nonfinite_loss(loss)
+        self._add_metrics("train" if model.training else "eval", outputs["metric_sums"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _stop_on_nonfinite_loss(self, loss: Tensor) -> None:
+        bad = [name for name, parameter in self.model.named_parameters() if not torch.isfinite(parameter).all()]
+        if bad:
+            cause = (
+                f"{len(bad)} parameters are not finite any more, e.g. {bad[0]}: an earlier step was too large; lower learning_rate or "
+                "medusa_lr_multiplier, lengthen warmup_steps, or set max_grad_norm"
+            )
+        elif self.args.fp16:
+            cause = "all parameters are finite: activations overflow in fp16; train with bf16"
+        else:
+            cause = "all parameters are finite: activations overflow; check the data of this step and the model's precision"
+        raise SystemExit(
+            f"axolotl-medusa: the loss is {loss.item()} at step {self.state.global_step + 1}; {cause}. Stopped before the step changed "
+            f"anything; checkpoints in {self.args.output_dir} are untouched."
+        )
+
+    def _add_metrics(self, split: str, sums: Tensor) -> None:
+        stored = self._medusa_sums[split]
+        self._medusa_sums[split] = sums if stored is None else stored + sums
+
+    def _pop_metrics(self, split: str, prefix: str = "") -> dict[str, float]:
+        """Averages since the last call, over all ranks; every rank must call it."""
+        sums, self._medusa_sums[split] = self._medusa_sums[split], None
+        if sums is None:
+            return {}
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        values = (sums[:, 0] / sums[:, 1]).tolist()
+        return {prefix + name: value for name, value in zip(self._medusa_names, values, strict=True) if math.isfinite(value)}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the heads' metrics of the logging interval to a training log."""
+        if "loss" in logs:
+            logs |= self._pop_metrics("train")
+            logs["medusa_scheduler_coefficient"] = self.medusa_scheduler_coefficient
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Adds the heads' metrics to an evaluation, so that `metric_for_best_model` finds them."""
+        if not self.medusa_trains:
+            self._load_trained_heads()
+        self._medusa_sums["eval"] = None
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._pop_metrics("eval", f"{metric_key_prefix}_"))
+        return output
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Axolotl's optimizer, with the heads in parameter groups of their own learning rate."""
+        optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
+        multiplier = self.medusa_cfg.medusa_lr_multiplier
+        if multiplier == 1.0:
+            return optimizer
+        own = {id(parameter) for parameter in attached_heads(self.model).parameters()}
+        for group in list(optimizer.param_groups):
+            heads = [parameter for parameter in group["params"] if id(parameter) in own]
+            if not heads:
+                continue
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            options = {key: value for key, value in group.items() if key != "params"}
+            optimizer.add_param_group({**options, "params": heads, "lr": options["lr"] * multiplier})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the backbone (Medusa-2 only) and the heads; the heads are gathered on every rank first."""
+        self._saver.collected = self._saver.collect()
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._saver.collected = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.medusa_cfg.medusa_only_heads:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_heads(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not self.medusa_cfg.medusa_only_heads:
+            super()._load_best_model()
+        self._load_heads(self.state.best_model_checkpoint)
+
+    def _load_trained_heads(self) -> None:
+        """For `axolotl evaluate`: the heads of medusa_init_from are attached already, else those of output_dir are wanted."""
+        if self.medusa_cfg.medusa_init_from:
+            return
+        if not (Path(self.args.output_dir) / HEADS_FOLDER).is_dir():
+            LOG.warning(f"evaluating untrained heads: {self.args.output_dir} holds no {HEADS_FOLDER} and medusa_init_from is not set")
+            return
+        self._load_heads(self.args.output_dir)
+
+    def _load_heads(self, checkpoint: str) -> None:
+        load_into(self.model, read_heads(Path(checkpoint) / HEADS_FOLDER))
+        LOG.info(f"Medusa heads loaded from {checkpoint}")
+
+
+def heads_dtype(model: nn.Module, cfg: DictDefault) -> torch.dtype:
+    """Type of the heads' parameters: fp32 where autocast computes in half precision, else the backbone's.
+
+    Heads take small steps from a start at zero, which bf16 parameters would round away.
+    """
+    if (cfg.bf16 and cfg.bf16 != "full") or (cfg.fp16 and cfg.fp16 != "full") or cfg.adapter:
+        return torch.float32
+    dtypes = {parameter.dtype for parameter in backbone(causal_lm(model)).parameters() if parameter.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -1,0 +1,68 @@
+"""Small random models made on the spot, and the environment that every test runs in."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB, HIDDEN = 131, 32
+
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "sdpa",
+}
+# Everything that makes families differ for heads: tied or not, biases, scaled embeddings, capped or scaled logits.
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3"},
+    "gemma": {"model_type": "gemma", "tie_word_embeddings": True},
+    "gemma2-softcap": {"model_type": "gemma2", "tie_word_embeddings": True, "final_logit_softcapping": 0.5},
+    "phi-lm-head-bias": {"model_type": "phi"},
+    "phi3": {"model_type": "phi3"},
+    "cohere-logit-scale": {"model_type": "cohere", "tie_word_embeddings": True, "logit_scale": 0.0625},
+    "granite-logits-scaling": {"model_type": "granite", "logits_scaling": 8.0},
+    "gpt2": {"model_type": "gpt2", "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 128},
+}
+
+
+def make_model(family: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random 2-layer model in fp32; weights are scaled up so that logits are far from uniform."""
+    options = {**COMMON, **FAMILIES[family], **changes}
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+            elif "bias" in name:
+                parameter.normal_(std=0.5)
+    return model
+
+
+@pytest.fixture
+def model_factory() -> Callable[..., PreTrainedModel]:
+    return make_model

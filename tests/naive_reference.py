@@ -1,0 +1,121 @@
+"""The loss as DESIGN.md states it, written to be read: stacked logits, Python loops, plain cross-entropy."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100
+
+
+def naive_targets(labels: Tensor, num_heads: int, position_ids: Tensor | None) -> Tensor:
+    """`[batch, seq, N + 1]`, by looping over every row."""
+    batch, seq = labels.shape
+    targets = torch.full((batch, seq, num_heads + 1), IGNORE)
+    for b in range(batch):
+        sample = 0
+        samples = [0]
+        for t in range(1, seq):
+            if position_ids is not None and position_ids[b, t] != position_ids[b, t - 1] + 1:
+                sample += 1
+            samples.append(sample)
+        for t in range(seq):
+            for column in range(num_heads + 1):
+                ahead = t + 1 + column
+                if ahead < seq and samples[ahead] == samples[t]:
+                    targets[b, t, column] = labels[b, ahead]
+            if targets[b, t, 0] == IGNORE:
+                targets[b, t] = IGNORE
+    return targets
+
+
+def mean_over_counted(losses: list[Tensor], total: int | None = None) -> Tensor:
+    return torch.stack(losses).sum() / (total or len(losses)) if losses else torch.zeros(())
+
+
+def naive_loss(
+    model,
+    heads,
+    cap: float | None,
+    labels: Tensor,
+    inputs: dict,
+    *,
+    only_heads=False,
+    coefficient=0.2,
+    decay=0.8,
+    lm_coefficient=1.0,
+    kl_coefficient=0.0,
+    regularization=0.0,
+    head_loss="ce",
+    teacher=None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The whole loss of one batch; `model` returns logits and hidden states, `teacher` is a separate frozen copy."""
+    num_heads = heads.num_heads
+    output_layer = model.get_output_embeddings()
+    with torch.no_grad() if only_heads else contextlib.nullcontext():
+        out = model(**inputs, output_hidden_states=True, use_cache=False)
+        hidden, base_logits = out.hidden_states[-1], out.logits
+    all_logits = [base_logits]
+    for head in heads:
+        x = hidden
+        for block in list(head)[: heads.num_layers]:
+            x = x + F.silu(F.linear(x, block.linear.weight, block.linear.bias))
+        logits = F.linear(x, head[-1].weight) if heads.form == "separate" else output_layer(x)
+        logits = logits * scale
+        all_logits.append(cap * torch.tanh(logits / cap) if cap else logits)
+    stacked = torch.stack(all_logits)
+    targets = naive_targets(labels, num_heads, inputs.get("position_ids"))
+    teacher_logits = None
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_logits = teacher(**inputs, use_cache=False).logits
+    losses: list[list[Tensor]] = [[] for _ in range(num_heads + 1)]
+    for b in range(labels.shape[0]):
+        for t in range(labels.shape[1]):
+            for column in range(num_heads + 1):
+                target = targets[b, t, column]
+                if target == IGNORE:
+                    continue
+                row = stacked[column, b, t]
+                one_hot = F.one_hot(target, row.shape[0]).float()
+                if column == 0:
+                    own = torch.softmax(row.detach(), -1)
+                    loss = lm_coefficient * F.cross_entropy(row, regularization * own + (1 - regularization) * one_hot)
+                    if teacher_logits is not None:
+                        p = torch.softmax(teacher_logits[b, t], -1)
+                        loss = loss + kl_coefficient * (p * (p.log() - torch.log_softmax(row, -1))).sum()
+                elif head_loss == "ce":
+                    loss = F.cross_entropy(row, one_hot)
+                else:
+                    p = torch.softmax(base_logits[b, t + column].detach(), -1)
+                    loss = (p * (p.log() - torch.log_softmax(row, -1))).sum()
+                losses[column].append(loss)
+    total = torch.zeros(()) if only_heads else mean_over_counted(losses[0])
+    for i in range(num_heads):
+        total = total + coefficient * decay ** (i + 1) * mean_over_counted(losses[i + 1])
+    return total
+
+
+def naive_acceptance_length(model, heads, labels: Tensor, inputs: dict) -> float:
+    """Mean over the counted base rows of 1 + the number of heads that are right before the first wrong one."""
+    with torch.no_grad():
+        hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
+        targets = naive_targets(labels, heads.num_heads, inputs.get("position_ids"))
+        lengths = []
+        for b in range(labels.shape[0]):
+            for t in range(labels.shape[1]):
+                if targets[b, t, 0] == IGNORE:
+                    continue
+                length = 1
+                for i in range(heads.num_heads):
+                    x = heads.hidden(i, hidden[b, t])
+                    layer = heads.output_layer(i) or model.get_output_embeddings()
+                    if layer(x).argmax() != targets[b, t, i + 1]:
+                        break
+                    length += 1
+                lengths.append(length)
+    return sum(lengths) / len(lengths)
