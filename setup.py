@@ -23,6 +23,6 @@ setup(
         "train": [AXOLOTL],
         "gpu": [AXOLOTL, "flash-attn", "deepspeed"],
         "data": ["httpx", "tqdm"],
-        "dev": ["httpx", "mypy==2.3.0", "pre-commit", "pytest>=8", "ruff==0.16.0", "tqdm", "types-PyYAML"],
+        "dev": ["httpx", "mypy==2.4.1", "pytest>=8", "deepspeed", "ruff==0.17.6", "tqdm", "types-PyYAML"],
     },
 )

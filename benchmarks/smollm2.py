@@ -48,7 +48,9 @@ def unpack(directory: Path, dtype: str = "float32") -> None:
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     if tokenizer.eos_token_id == tokenizer.pad_token_id or EOS not in text:
         raise RuntimeError(f"special tokens of the GGUF tokenizer are not as expected: template gives {text!r}")
     staging = directory.with_name(directory.name + ".part")

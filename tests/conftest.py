@@ -7,12 +7,15 @@ import os
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 from collections.abc import Callable
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB, HIDDEN = 131, 32
@@ -48,6 +51,24 @@ FAMILIES = {
 }
 
 
+PLUGIN = "axolotl_medusa.MedusaPlugin"
+AXOLOTL_YAML = {
+    "base_model": "org/model",
+    "plugins": [PLUGIN],
+    "sequence_len": 64,
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "num_epochs": 1,
+    "learning_rate": 0.001,
+    "optimizer": "adamw_torch",
+    "lr_scheduler": "constant",
+    "datasets": [{"path": "org/data", "type": "chat_template"}],
+}
+"""A YAML that axolotl accepts; tests add the keys that they are about."""
+
+LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+
+
 def make_model(family: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random 2-layer model in fp32; weights are scaled up so that logits are far from uniform."""
     options = {**COMMON, **FAMILIES[family], **changes}
@@ -61,6 +82,24 @@ def make_model(family: str = "llama", seed: int = 0, **changes: object) -> PreTr
             elif "bias" in name:
                 parameter.normal_(std=0.5)
     return model
+
+
+def add_lora(model: PreTrainedModel, targets: object = "all-linear", **options: object) -> PeftModel:
+    """`model` under peft, with adapters that are not at their start (where they would do nothing)."""
+    torch.manual_seed(5)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **options
+    )
+    return get_peft_model(model, config)
+
+
+def randomize(module: nn.Module, seed: int = 7, std: float = 0.3) -> nn.Module:
+    """Gives every parameter of `module` normal values, and returns it."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=std)
+    return module
 
 
 @pytest.fixture

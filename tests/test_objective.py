@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
-from axolotl_medusa import loss as loss_module
-from axolotl_medusa.heads import MedusaHeads, attach_heads
-from axolotl_medusa.objective import Objective, install_objective, metric_names
 from conftest import HIDDEN, VOCAB, make_model
 from naive_reference import naive_acceptance_length, naive_loss
 from peft import LoraConfig, get_peft_model
+
+from axolotl_medusa import loss as loss_module
+from axolotl_medusa.heads import MedusaHeads, attach_heads
+from axolotl_medusa.objective import Objective, install_objective, metric_names
 
 RTOL, ATOL = 2e-4, 2e-6  # fp32 rounding of sums over a vocabulary in another order
 SEQ = 24
@@ -38,7 +39,15 @@ def batch(packed: bool, seed: int = 1):
     return labels, {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def build(family="llama", form="separate", num_heads=3, num_layers=1, lora: str | None = None, only_heads=False, **model_changes):
+def build(
+    family="llama",
+    form="separate",
+    num_heads=3,
+    num_layers=1,
+    lora: str | None = None,
+    only_heads=False,
+    **model_changes,
+):
     """A model with heads that are no longer at their zero start, and the same in plain pieces for the reference."""
     model = make_model(family, **model_changes)
     teacher = copy.deepcopy(model).eval()
@@ -84,8 +93,12 @@ CASES = {
     "medusa2-lora-lm-head-separate": dict(lora="lm_head"),
     "medusa2-lora-lm-head-tied": dict(lora="lm_head", family="llama-tied", form="shared"),
     "medusa2-distil": dict(lora="body", lm_coefficient=0.0, kl_coefficient=1.0, form="shared"),
-    "medusa2-distil-lm-head-both-terms": dict(lora="lm_head", lm_coefficient=0.5, kl_coefficient=0.7, form="shared", packed=True),
-    "medusa2-distil-kl-heads": dict(lora="lm_head", lm_coefficient=0.0, kl_coefficient=1.0, head_loss="kl", num_heads=2),
+    "medusa2-distil-lm-head-both-terms": dict(
+        lora="lm_head", lm_coefficient=0.5, kl_coefficient=0.7, form="shared", packed=True
+    ),
+    "medusa2-distil-kl-heads": dict(
+        lora="lm_head", lm_coefficient=0.0, kl_coefficient=1.0, head_loss="kl", num_heads=2
+    ),
     "gemma2-softcap": dict(family="gemma2-softcap", form="shared", cap=0.5),
     "gemma2-softcap-medusa1": dict(family="gemma2-softcap", only_heads=True, cap=0.5, head_loss="kl"),
     "phi-bias": dict(family="phi-lm-head-bias", form="shared"),
@@ -99,7 +112,9 @@ CASES = {
 def test_objective_values_and_gradients_equal_the_naive_reference(case, recompute):
     options = dict(CASES[case])
     packed, cap, scale = options.pop("packed", False), options.pop("cap", None), options.pop("scale", 1.0)
-    loss_options = {k: options.pop(k) for k in ("lm_coefficient", "kl_coefficient", "regularization", "head_loss") if k in options}
+    loss_options = {
+        k: options.pop(k) for k in ("lm_coefficient", "kl_coefficient", "regularization", "head_loss") if k in options
+    }
     model, heads, teacher = build(**options)
     labels, inputs = batch(packed)
     only_heads = options.get("only_heads", False)
@@ -130,7 +145,13 @@ def test_objective_values_and_gradients_equal_the_naive_reference(case, recomput
     found = gradients(model, out.loss)
     assert found.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(found[name], gradient, rtol=RTOL, atol=ATOL * gradient.abs().max().item() * 100 + 1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name],
+            gradient,
+            rtol=RTOL,
+            atol=ATOL * gradient.abs().max().item() * 100 + 1e-7,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     moved = {name for name, gradient in found.items() if gradient.abs().max() > 0}
     assert moved == trainable
@@ -252,12 +273,14 @@ def test_objective_in_bf16_autocast_is_no_further_from_fp32_than_the_naive_refer
     model, heads, teacher = build(**options)
     labels, inputs = batch(packed)
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    arguments = dict(only_heads=options.get("only_heads", False), teacher=teacher if "kl_coefficient" in loss_options else None)
+    arguments = dict(
+        only_heads=options.get("only_heads", False), teacher=teacher if "kl_coefficient" in loss_options else None
+    )
     exact = gradients(model, naive_loss(lm, heads, None, labels, inputs, **arguments, **loss_options))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         naive = naive_loss(lm, heads, None, labels, inputs, **arguments, **loss_options)
     naive_gradients = gradients(model, naive)
-    objective = Objective(only_heads=arguments["only_heads"], **{k: v for k, v in loss_options.items()})
+    objective = Objective(only_heads=arguments["only_heads"], **dict(loss_options.items()))
     install_objective(model, objective)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(**inputs, labels=labels, medusa_coefficient=0.2)

@@ -17,6 +17,8 @@ def __getattr__(name: str) -> Any:
         try:
             from axolotl_medusa.plugin import MedusaPlugin
         except ImportError as error:  # axolotl swallows an ImportError and would train on without heads
-            raise RuntimeError(f"axolotl_medusa.MedusaPlugin cannot be imported, check the environment: {error}") from error
+            raise RuntimeError(
+                f"axolotl_medusa.MedusaPlugin cannot be imported, check the environment: {error}"
+            ) from error
         return MedusaPlugin
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

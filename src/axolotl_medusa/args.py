@@ -18,30 +18,56 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf")
 
 RENAMED_BY_AXOLOTL = {
-    "base_model_config": "remove it; axolotl takes the config from base_model (or tokenizer_config)",
-    "is_llama_derived_model": "remove it; axolotl no longer reads it",
-    "is_mistral_derived_model": "remove it; axolotl no longer reads it",
-    "is_falcon_derived_model": "remove it; axolotl no longer reads it",
-    "is_qwen_derived_model": "remove it; axolotl no longer reads it",
-    "eval_batch_size_per_device": "use eval_batch_size",
-    "xformers_attention": "use attn_implementation: sdpa or flash_attention_2",
+    "flash_attention": "use attn_implementation: flash_attention_2",
+    "xformers_attention": "use attn_implementation: xformers",
+    "sdp_attention": "use attn_implementation: sdpa",
+    "landmark_attention": "remove it; axolotl ignores it",
+    "xpos_rope": "remove it; axolotl ignores it",
+    "flash_attn_fuse_qkv": "remove it; axolotl ignores it",
+    "flash_attn_rms_norm": "remove it; axolotl no longer has it",
+    "is_llama_derived_model": "remove it; axolotl sees it from the model",
+    "is_mistral_derived_model": "remove it; axolotl sees it from the model",
+    "is_falcon_derived_model": "remove it; axolotl sees it from the model",
+    "is_qwen_derived_model": "remove it; axolotl sees it from the model",
+    "gptq_groupsize": "remove it; axolotl ignores it",
+    "gptq_model_v1": "remove it; axolotl ignores it",
+    "rope_scaling": "write it under overrides_of_model_config",
+    "max_packed_sequence_len": "use sequence_len with sample_packing: true",
+    "sample_packing_seq_len_multiplier": "remove it; axolotl ignores it",
+    "dataset_processes": "use dataset_num_proc",
+    "data_seed": "use seed",
     "noisy_embedding_alpha": "use neftune_noise_alpha",
-    "push_dataset_to_hub": "use hub_model_id for models; push data sets yourself",
+    "lora_out_dir": "use output_dir",
+    "relora_steps": "remove it; ReLoRA does not work with Medusa heads",
+    "relora_warmup_steps": "remove it; ReLoRA does not work with Medusa heads",
+    "log_sweep_min_lr": "remove it; axolotl ignores it",
+    "log_sweep_max_lr": "remove it; axolotl ignores it",
+    "evaluation_strategy": "use eval_strategy",
+    "eval_table_size": "use generate_samples: true and num_generation_samples",
+    "eval_table_max_new_tokens": "use generation_max_new_tokens",
+    "eval_max_new_tokens": "use generation_max_new_tokens",
+    "wandb_run_id": "use wandb_name for the run's name; wandb_run_id is its id now, which resumes that run",
+    "local_rank": "remove it; the launcher sets it",
+    "debug": "remove it; use `axolotl preprocess --debug`",
 }
-"""Keys of the first Medusa fork of axolotl that axolotl has since renamed or dropped, with what to write today."""
+"""Keys of the first Medusa fork of axolotl, and of the axolotl it was made from, with what to write today: axolotl 0.19
+refuses, has renamed, sets by itself or ignores them."""
 
 
 class MedusaArgs(BaseModel):
     """The `medusa_*` keys of an axolotl YAML."""
 
     medusa_num_heads: int = Field(
-        ge=1, le=16, description="Number of heads N; head i predicts the token i + 2 ahead. Recipes: 5 (paper), 3 for a chain."
+        ge=1,
+        le=16,
+        description="Number of heads N; head i predicts the token i + 2 ahead. Recipes: 5 (paper), 3 for a chain.",
     )
     medusa_num_layers: int = Field(
         default=1, ge=1, le=8, description="Residual blocks per head, independent of each other. Default: paper, 1."
     )
     medusa_only_heads: bool = Field(
-        default=False, description="true: Medusa-1, the backbone is frozen. false: Medusa-2, heads and backbone together."
+        default=False,
+        description="true: Medusa-1, the backbone is frozen. false: Medusa-2, heads and backbone together.",
     )
     medusa_heads_coefficient: float = Field(
         default=0.2, gt=0.0, description="λ0, weight of the heads' losses. Default: paper, section 2.2.2, 0.2."
@@ -57,13 +83,18 @@ class MedusaArgs(BaseModel):
         default=1.0, gt=0.0, description="Learning rate of the heads relative to the backbone's. The recipes use 4."
     )
     medusa_num_unfreeze_layers: int = Field(
-        default=0, ge=0, description="Train only the last n decoder layers and the final norm with the heads; 0: all layers."
+        default=0,
+        ge=0,
+        description="Train only the last n decoder layers and the final norm with the heads; 0: all layers.",
     )
     medusa_self_distillation: bool = Field(
-        default=False, description="Adds KL(frozen self ‖ trained self) to the base loss; the teacher is the model with adapters off."
+        default=False,
+        description="Adds KL(frozen self ‖ trained self) to the base loss; the teacher is the model with adapters off.",
     )
     medusa_lm_coefficient: float | None = Field(
-        default=None, ge=0.0, description="Weight of the base model's own CE. Default: 1.0, or 0.0 with self-distillation."
+        default=None,
+        ge=0.0,
+        description="Weight of the base model's own CE. Default: 1.0, or 0.0 with self-distillation.",
     )
     medusa_kl_coefficient: float | None = Field(
         default=None, ge=0.0, description="Weight of the self-distillation KL. Default: 1.0 with self-distillation."
@@ -71,17 +102,21 @@ class MedusaArgs(BaseModel):
     medusa_distillation_regularization: float = Field(
         default=0.0, ge=0.0, lt=1.0, description="α: base targets are α · own softmax + (1 - α) · one-hot."
     )
-    medusa_logging: bool = Field(default=True, description="Log per-head losses and accuracies, and the acceptance length.")
+    medusa_logging: bool = Field(
+        default=True, description="Log per-head losses and accuracies, and the acceptance length."
+    )
     medusa_logging_topk: int = Field(default=5, ge=1, le=100, description="Accuracies logged: top 1 to k.")
     medusa_lm_head: Literal["separate", "shared"] = Field(
         default="separate",
         description="separate: each head owns an output layer started from lm_head (v1). shared: heads reuse lm_head (v2).",
     )
     medusa_init_from: str | None = Field(
-        default=None, description="Canonical directory, or an output_dir, whose heads training starts from (stage 2 after stage 1)."
+        default=None,
+        description="Canonical directory, or an output_dir, whose heads training starts from (stage 2 after stage 1).",
     )
     medusa_head_loss: Literal["ce", "kl"] = Field(
-        default="ce", description="ce, or kl: heads learn the base model's own distribution at the position they predict."
+        default="ce",
+        description="ce, or kl: heads learn the base model's own distribution at the position they predict.",
     )
 
     @model_validator(mode="before")
@@ -113,14 +148,22 @@ def unknown_key_problems(cfg: Mapping[str, Any]) -> list[str]:
 
 
 def renamed_key_hints(cfg: Mapping[str, Any]) -> list[str]:
-    """One line for each key of an old YAML that axolotl has since renamed or dropped."""
-    hints = [f"{key}: {hint}" for key, hint in RENAMED_BY_AXOLOTL.items() if key in cfg]
-    for dataset in cfg.get("datasets") or []:
-        if str(dataset.get("type", "")).startswith("sharegpt"):
+    """One line for each key of an old YAML that axolotl has since renamed or dropped; blank and false ones do nothing."""
+    used = {key for key in RENAMED_BY_AXOLOTL if cfg.get(key) is not None and cfg.get(key) is not False}
+    hints = [f"{key}: {hint}" for key, hint in RENAMED_BY_AXOLOTL.items() if key in used]
+    datasets = cfg.get("datasets")
+    for dataset in datasets if isinstance(datasets, list) else []:
+        if isinstance(dataset, Mapping) and str(dataset.get("type") or "").startswith("sharegpt"):
             hints.append(
-                f"datasets type sharegpt ({dataset.get('path')}): use `type: chat_template`, `field_messages: conversations`, "
-                "`message_property_mappings: {role: from, content: value}`"
+                f"datasets type sharegpt ({dataset.get('path')}): use `type: chat_template`, "
+                "`field_messages: conversations`, `message_property_mappings: {role: from, content: value}` "
+                "instead of type and conversation"
             )
+    if cfg.get("fsdp"):
+        hints.append("fsdp: use fsdp_version: 2, and fsdp_config with its keys' names without `fsdp_`")
+    deepspeed = cfg.get("deepspeed")
+    if isinstance(deepspeed, str) and deepspeed.startswith("deepspeed/") and not Path(deepspeed).is_file():
+        hints.append(f"deepspeed {deepspeed} does not exist: use deepspeed_configs, e.g. deepspeed_configs/zero2.json")
     return hints
 
 
@@ -139,10 +182,9 @@ def config_problems(cfg: Mapping[str, Any]) -> list[str]:
         args = MedusaArgs.model_validate(known)
     except ValidationError as error:
         problems += [_bound_problem(details) for details in error.errors()]
-        args = MedusaArgs.model_validate({"medusa_num_heads": 1})
-        for key, value in known.items():  # so that contradictions among the other keys are reported in the same run
-            if not any(details["loc"][:1] == (key,) for details in error.errors()):
-                setattr(args, key, value)
+        bad = {details["loc"][0] for details in error.errors() if details["loc"]}
+        good = {key: value for key, value in known.items() if key not in bad}
+        args = MedusaArgs.model_validate({"medusa_num_heads": 1, **good})  # contradictions are reported in the same run
     problems += _schedule_problems(args)
     problems += _recipe_problems(args, cfg)
     problems += _size_problems(args, cfg)
@@ -209,22 +251,22 @@ def _recipe_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
             "set medusa_self_distillation: true or remove the coefficient"
         )
     if args.medusa_self_distillation and args.medusa_kl_coefficient == 0.0:
-        problems.append("medusa_kl_coefficient is 0 with medusa_self_distillation: true, which then does nothing; remove one")
+        problems.append(
+            "medusa_kl_coefficient is 0 with medusa_self_distillation: true, which then does nothing; remove one"
+        )
     if args.medusa_distillation_regularization and args.medusa_only_heads:
         problems.append(
             "medusa_distillation_regularization shapes the base loss, which medusa_only_heads: true does not train; remove one"
         )
-    if (
-        args.medusa_distillation_regularization
-        and args.medusa_self_distillation
-        and not args.medusa_lm_coefficient
-    ):
+    if args.medusa_distillation_regularization and args.medusa_self_distillation and not args.medusa_lm_coefficient:
         problems.append(
             "medusa_distillation_regularization shapes the base model's CE, whose weight medusa_lm_coefficient is 0 with "
             "self-distillation; set medusa_lm_coefficient or remove the regularization"
         )
     if args.medusa_only_heads and args.medusa_lm_coefficient not in (None, 1.0):
-        problems.append("medusa_lm_coefficient weights the base loss, which medusa_only_heads: true does not train; remove one")
+        problems.append(
+            "medusa_lm_coefficient weights the base loss, which medusa_only_heads: true does not train; remove one"
+        )
     return problems
 
 
@@ -241,16 +283,24 @@ def _size_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
 def _trainer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
     problems = []
     if cfg.get("rl") or cfg.get("reward_model") or cfg.get("process_reward_model"):
-        problems.append("rl and reward models train with other losses: Medusa heads need plain fine-tuning; remove rl/reward_model")
+        problems.append(
+            "rl and reward models train with other losses: Medusa heads need plain fine-tuning; remove rl/reward_model"
+        )
     metric = str(cfg.get("metric_for_best_model") or "")
     if "medusa" in metric and not args.medusa_logging:
-        problems.append(f"metric_for_best_model is {metric} but medusa_logging is false: the metric would not exist; set it to true")
+        problems.append(
+            f"metric_for_best_model is {metric} but medusa_logging is false: the metric would not exist; set it to true"
+        )
     for key in ("relora", "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree"):
         value = cfg.get(key)
         if value and value != 1:
-            problems.append(f"{key} is {value}: targets of Medusa heads reach across its parts and it is not supported; remove it")
+            problems.append(
+                f"{key} is {value}: targets of Medusa heads reach across its parts and it is not supported; remove it"
+            )
     if str(cfg.get("fsdp_version") or "2") == "1" and (cfg.get("fsdp_config") or cfg.get("fsdp")):
-        problems.append("fsdp_version is 1: its flattened parameters cannot hold heads beside frozen layers; set fsdp_version: 2")
+        problems.append(
+            "fsdp_version is 1: its flattened parameters cannot hold heads beside frozen layers; set fsdp_version: 2"
+        )
     if cfg.get("label_smoothing_factor"):
         problems.append("label_smoothing_factor replaces the loss that trains the heads; remove it")
     return problems

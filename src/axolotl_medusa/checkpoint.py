@@ -113,8 +113,8 @@ def heads_meta(model: nn.Module, recipe: str, resolved_yaml: Mapping[str, Any]) 
 def lm_head_hash(model: nn.Module) -> str:
     """SHA-256 of the output embedding's weight, without adapters, as it is now: `sha256` of its bytes."""
     weight = frozen_output_embedding(output_embedding(model)).weight
-    with gathered([weight]):  # type: ignore[list-item]
-        data = _whole(weight).detach().contiguous().cpu()  # type: ignore[arg-type]
+    with gathered([weight]):
+        data = _whole(weight).detach().contiguous().cpu()
     return hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()
 
 
@@ -151,15 +151,17 @@ def output_layer_weight(model: nn.Module) -> Tensor:
     frozen = frozen_output_embedding(layer)
     with torch.no_grad(), gathered(list(layer.parameters())):
         if hasattr(layer, "get_delta_weight"):
-            weight = _whole(frozen.weight).detach().clone()  # type: ignore[arg-type]
-            for adapter in layer.active_adapters:  # type: ignore[union-attr]
-                if adapter in layer.lora_A:  # type: ignore[operator, union-attr]
+            weight = _whole(frozen.weight).detach().clone()
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A:
                     if getattr(layer, "use_dora", {}).get(adapter):
-                        raise ValueError("DoRA on lm_head cannot be shared with Medusa heads: set medusa_lm_head: separate")
-                    weight += layer.get_delta_weight(adapter).to(weight.dtype)  # type: ignore[operator]
+                        raise ValueError(
+                            "DoRA on lm_head cannot be shared with Medusa heads: set medusa_lm_head: separate"
+                        )
+                    weight += layer.get_delta_weight(adapter).to(weight.dtype)
         else:
-            active = layer.modules_to_save[layer.active_adapters[0]] if hasattr(layer, "modules_to_save") else frozen  # type: ignore[index, union-attr]
-            weight = _whole(active.weight).detach()  # type: ignore[union-attr, arg-type]
+            active = layer.modules_to_save[layer.active_adapters[0]] if hasattr(layer, "modules_to_save") else frozen
+            weight = _whole(active.weight).detach()
         return weight.cpu().clone()
 
 
@@ -178,7 +180,9 @@ def write_heads(directory: str | Path, file: HeadsFile) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / (WEIGHTS_FILE + ".part")
-    save_file({name: tensor.contiguous() for name, tensor in file.tensors.items()}, temporary, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in file.tensors.items()}, temporary, metadata={"format": "pt"}
+    )
     temporary.replace(directory / WEIGHTS_FILE)
     for name, content in ((CONFIG_FILE, file.config), (META_FILE, file.meta)):
         part = directory / (name + ".part")
@@ -218,7 +222,9 @@ def verify_heads(file: HeadsFile, where: str) -> None:
         if key not in config
     ]
     if missing_keys:
-        raise ValueError(f"{where}/{CONFIG_FILE} lacks {', '.join(missing_keys)}: expected the config of a canonical directory")
+        raise ValueError(
+            f"{where}/{CONFIG_FILE} lacks {', '.join(missing_keys)}: expected the config of a canonical directory"
+        )
     reference = MedusaHeads(
         config["hidden_size"],
         config["vocab_size"],

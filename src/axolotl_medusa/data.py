@@ -31,7 +31,9 @@ def dataset_problems(cfg: Mapping[str, Any]) -> list[str]:
             continue
         kind = entry.get("type") or ""
         if kind == "chat_template":
-            problem = _count_bad_rows(path, lambda row, entry=entry: _has_assistant_turn(row, entry), "an assistant turn")
+            problem = _count_bad_rows(
+                path, lambda row, entry=entry: _has_assistant_turn(row, entry), "an assistant turn"
+            )
         elif kind == "":
             problem = _count_bad_rows(path, _has_label, "a label other than -100")
         else:
@@ -47,7 +49,9 @@ def _count_bad_rows(path: Path, is_good: Any, wanted: str) -> str | None:
         count += 1
         if is_good(row):
             return None
-    return f"none of its {count} rows has {wanted}; expected at least one (are field_messages and roles_to_train right?)"
+    return (
+        f"none of its {count} rows has {wanted}; expected at least one (are field_messages and roles_to_train right?)"
+    )
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -8,7 +8,7 @@ data or files. The state dict of `MedusaHeads` has the names of the canonical ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,13 +90,12 @@ class MedusaHeads(nn.ModuleList):
 
     def blocks(self, index: int) -> nn.Sequential:
         """The residual blocks of head `index`, without its output layer."""
-        head: nn.Sequential = self[index]
-        return head[: self.num_layers]
+        return cast(nn.Sequential, cast(nn.Sequential, self[index])[: self.num_layers])
 
-    def output_layer(self, index: int) -> nn.Module | None:
+    def output_layer(self, index: int) -> nn.Linear | None:
         """The output layer that head `index` owns, None in the shared form."""
-        head: nn.Sequential = self[index]
-        return head[self.num_layers] if self.form == "separate" else None
+        head = cast(nn.Sequential, self[index])
+        return cast(nn.Linear, head[self.num_layers]) if self.form == "separate" else None
 
     def hidden(self, index: int, hidden: Tensor) -> Tensor:
         """Runs the residual blocks of head `index`.
@@ -117,16 +116,16 @@ class MedusaHeads(nn.ModuleList):
         for index in range(self.num_heads):
             layer = self.output_layer(index)
             if layer is not None:
-                layer.weight.copy_(weight)  # type: ignore[operator, union-attr]
+                layer.weight.copy_(weight)
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: nn.Module) -> Any:
     """The Hugging Face causal LM inside `model`, which may be wrapped by peft."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
 
 
-def output_embedding(model: nn.Module) -> nn.Module:
+def output_embedding(model: nn.Module) -> Any:
     """The model's output embedding (lm_head), possibly wrapped by an adapter.
 
     Raises:
@@ -139,10 +138,10 @@ def output_embedding(model: nn.Module) -> nn.Module:
             f"{type(lm).__name__} has no output embedding (get_output_embeddings() is None): Medusa heads attach to "
             "causal language models only; set base_model to one"
         )
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
-def frozen_output_embedding(layer: nn.Module) -> nn.Module:
+def frozen_output_embedding(layer: nn.Module) -> Any:
     """The output embedding without what peft put around it: the teacher's, when adapters are off."""
     for attribute in ("original_module", "base_layer"):
         inner = getattr(layer, attribute, None)
@@ -151,7 +150,7 @@ def frozen_output_embedding(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def backbone(model: nn.Module) -> nn.Module:
+def backbone(model: nn.Module) -> Any:
     """The part of the causal LM that returns the last hidden state after the final norm.
 
     Raises:
@@ -173,7 +172,7 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
     Raises:
         ValueError: No list of `num_hidden_layers` modules is found.
     """
-    config = causal_lm(model).config.get_text_config()  # type: ignore[operator, union-attr]
+    config = causal_lm(model).config.get_text_config()
     for module in backbone(model).modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
@@ -236,7 +235,7 @@ def embedding_shape(layer: nn.Module) -> tuple[int, int]:
     """Rows and columns `(vocab_size, hidden_size)` of an output embedding, also where ZeRO-3 has partitioned it."""
     weight = frozen_output_embedding(layer).weight
     shape = getattr(weight, "ds_shape", None) or weight.shape
-    return int(shape[0]), int(shape[1])  # type: ignore[index, arg-type]
+    return int(shape[0]), int(shape[1])
 
 
 @torch.no_grad()
@@ -251,14 +250,17 @@ def probe_logits(model: nn.Module) -> None:
     lm, layer, decoder = causal_lm(model), output_embedding(model), backbone(model)
     if any(p.is_meta or hasattr(p, "ds_shape") for p in lm.parameters()):
         return
-    device = lm.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    device = lm.get_input_embeddings().weight.device
     vocab_size = embedding_shape(layer)[0]
     input_ids = torch.arange(1, 1 + _PROBE_TOKENS, device=device)[None] % vocab_size
+    dtypes = {parameter.dtype for parameter in lm.parameters()}
+    half = torch.float16 if torch.float16 in dtypes else torch.bfloat16  # axolotl mixes half layers and fp32 embeddings
     training = lm.training
     lm.eval()
-    expected = lm(input_ids=input_ids, use_cache=False).logits.float()
-    hidden = decoder(input_ids=input_ids, use_cache=False)[0]
-    found = logit_transform(lm.config)(layer(hidden).float())
+    with torch.autocast(device.type, dtype=half, enabled=len(dtypes) > 1):
+        expected = lm(input_ids=input_ids, use_cache=False).logits.float()
+        hidden = decoder(input_ids=input_ids, use_cache=False)[0]
+        found = logit_transform(lm.config)(layer(hidden).float())
     lm.train(training)
     difference = (found.to(expected.device) - expected).abs().max().item()
     if not difference <= _PROBE_TOLERANCE * max(expected.abs().max().item(), 1e-6):

@@ -91,7 +91,9 @@ def scheduler_factor(schedule: str, progress: float) -> float:
     match = re.fullmatch(r"sine(?:_(\d*\.?\d+))?", schedule)
     ramp = float(match.group(1) or 1.0) if match else 0.0
     if not 0.0 < ramp <= 1.0:
-        raise ValueError(f"medusa_scheduler is {schedule!r}, expected constant, linear, sine, or sine_R with 0 < R <= 1")
+        raise ValueError(
+            f"medusa_scheduler is {schedule!r}, expected constant, linear, sine, or sine_R with 0 < R <= 1"
+        )
     return math.sin(math.pi / 2 * min(1.0, progress / ramp))
 
 
@@ -272,7 +274,7 @@ def row_losses(
             loss = torch.stack([loss_of_chunk(hidden[chunk], chunk) for chunk in chunks]).sum()
     elif recompute if recompute is not None else not all(map(_is_plain, parameters)):
         loss = torch.stack(
-            [checkpoint(loss_of_chunk, hidden[chunk], chunk, use_reentrant=False) for chunk in chunks]  # type: ignore[misc]
+            [checkpoint(loss_of_chunk, hidden[chunk], chunk, use_reentrant=False) for chunk in chunks]
         ).sum()
     else:
         loss = _GradientInForward.apply(hidden, chunks, loss_of_chunk, *trained)  # type: ignore[no-untyped-call]

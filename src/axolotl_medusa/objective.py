@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ class _Run:
 
     def __init__(
         self,
-        lm: nn.Module,
+        lm: Any,
         objective: Objective,
         disable_adapter: Callable[[], contextlib.AbstractContextManager[None]] | None,
         inputs: dict[str, Any],
@@ -130,14 +130,14 @@ class _Run:
         self.disable_adapter = disable_adapter or contextlib.nullcontext
         self.inputs = inputs
         self.heads: MedusaHeads = attached_heads(lm)
-        self.output: nn.Module = output_embedding(lm)
+        self.output = output_embedding(lm)
         self.transform = logit_transform(lm.config)
         self.vocab_size = embedding_shape(self.output)[0]
 
     def __call__(self, labels: Tensor, counts: Tensor | None, coefficient: float) -> MedusaOutput:
         objective, heads = self.objective, self.heads
         targets = medusa_targets(labels, heads.num_heads, self.inputs.get("position_ids"))
-        targets = targets.to(self.lm.get_input_embeddings().weight.device)  # type: ignore[operator, union-attr]
+        targets = targets.to(self.lm.get_input_embeddings().weight.device)
         targets = targets.flatten(0, 1)
         rows = (targets[:, 0] != IGNORE_INDEX).nonzero().squeeze(1)
         all_hidden = self._last_hidden(teacher=False).flatten(0, 1)
@@ -169,17 +169,17 @@ class _Run:
         """Last hidden states after the final norm, `[batch, seq, hidden]`, with a gradient only where one is needed."""
         decoder = backbone(self.lm)
         if not teacher and not self.objective.only_heads:
-            hidden: Tensor = decoder(**self.inputs)[0]
-            return hidden
+            return cast(Tensor, decoder(**self.inputs)[0])
         with torch.no_grad(), _evaluating(decoder):
-            hidden = decoder(**self.inputs)[0]
-        return hidden
+            return cast(Tensor, decoder(**self.inputs)[0])
 
     def _project(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         logits: Tensor = layer(hidden.to(_weight_dtype(layer)))
         return self.transform(logits)
 
-    def _base_loss(self, all_hidden: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def _base_loss(
+        self, all_hidden: Tensor, rows: Tensor, targets: Tensor
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """The base model's loss over the counted rows (a sum), and its metrics."""
         objective = self.objective
         if objective.only_heads:
@@ -250,7 +250,7 @@ def _count(rows: Tensor) -> Tensor:
 
 
 def _weight_dtype(layer: nn.Module) -> torch.dtype:
-    dtype: torch.dtype = frozen_output_embedding(layer).weight.dtype  # type: ignore[assignment, union-attr]
+    dtype: torch.dtype = frozen_output_embedding(layer).weight.dtype
     return dtype
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -38,7 +39,9 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
         problems = config_problems(cfg)
         if problems:
             lines = "".join(f"\n  - {problem}" for problem in problems)
-            raise stop(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {cfg.get('axolotl_config_path') or 'the YAML'}:{lines}")
+            raise stop(
+                f"{len(problems)} problem{'s' * (len(problems) > 1)} in {cfg.get('axolotl_config_path') or 'the YAML'}:{lines}"
+            )
 
     def get_input_args(self) -> str:
         """Names the pydantic model that axolotl merges into its own."""
@@ -47,6 +50,10 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
     def get_trainer_cls(self, cfg: DictDefault) -> type[MedusaTrainer]:
         """Returns the trainer."""
         return MedusaTrainer
+
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
+        """Allows `bf16: true` where there is no accelerator: the Trainer wants to be told."""
+        return {} if torch.accelerator.is_available() else {"use_cpu": True}
 
     def post_lora_load(self, cfg: DictDefault, model: nn.Module) -> None:
         """Attaches the heads: after the embeddings are resized and after adapters looked for their targets."""

@@ -17,8 +17,8 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler, Sampler
 
-from axolotl_medusa.args import MedusaArgs
 from axolotl_medusa.checkpoint import (
     HeadsFile,
     heads_config,
@@ -98,13 +98,19 @@ def check_trainable(model: nn.Module, cfg: DictDefault) -> dict[str, int]:
             is_adapter = any(mark in name for mark in ("lora_", "modules_to_save", "trainable_tokens"))
             counts["adapter" if is_adapter else "backbone"] += size
     if frozen_heads:
-        raise RuntimeError(f"{len(frozen_heads)} tensors of the heads are frozen, e.g. {frozen_heads[0]}: nothing would train them")
+        raise RuntimeError(
+            f"{len(frozen_heads)} tensors of the heads are frozen, e.g. {frozen_heads[0]}: nothing would train them"
+        )
     if cfg.medusa_only_heads and counts["adapter"] + counts["backbone"]:
         raise RuntimeError(f"medusa_only_heads is true but parameters beside the heads are trainable: {counts}")
     if not cfg.medusa_only_heads and not counts["adapter"] + counts["backbone"]:
-        raise RuntimeError("Medusa-2 trains the backbone, but none of it is trainable: set medusa_only_heads: true for Medusa-1")
+        raise RuntimeError(
+            "Medusa-2 trains the backbone, but none of it is trainable: set medusa_only_heads: true for Medusa-1"
+        )
     if cfg.adapter and counts["backbone"]:
-        raise RuntimeError(f"with adapter: {cfg.adapter} only the adapter and the heads train, but so would the backbone: {counts}")
+        raise RuntimeError(
+            f"with adapter: {cfg.adapter} only the adapter and the heads train, but so would the backbone: {counts}"
+        )
     return counts
 
 
@@ -115,7 +121,7 @@ class HeadsSaver:
     method is replaced, here and nowhere else.
     """
 
-    def __init__(self, model: nn.Module, cfg: DictDefault, tokenizer: Any) -> None:
+    def __init__(self, model: Any, cfg: DictDefault, tokenizer: Any) -> None:
         self.model = model
         self.cfg = cfg
         self.tokenizer = tokenizer
@@ -129,7 +135,9 @@ class HeadsSaver:
         config = heads_config(attached_heads(self.model), self.cfg.base_model)
         return heads_file(self.model, config, heads_meta(self.model, recipe, self.cfg))
 
-    def save(self, save_directory: str | Path, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
+    def save(
+        self, save_directory: str | Path, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
         """Writes the backbone without heads (Medusa-2 only) and the heads into `medusa_heads`."""
         if not self.cfg.medusa_only_heads:
             if state_dict is None:
@@ -139,6 +147,37 @@ class HeadsSaver:
         write_heads(directory, self.collected or self.collect())
         self.tokenizer.save_pretrained(str(directory))
         LOG.info(f"Medusa heads saved to {directory}")
+
+
+class EpochShuffle(Sampler[int]):
+    """A permutation of the data set that depends on the seed and the epoch alone.
+
+    Axolotl shuffles packed data with the global random state, which a resumed run does not have at the same point; with
+    this sampler an interrupted run meets the same batches again. Accelerate calls `set_epoch` before every epoch.
+
+    Args:
+        size: Rows of the data set.
+        seed: Seed of the permutations.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+        self.packer: Any = None
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+    def __len__(self) -> int:
+        return self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch's permutation; what was packed by another one is dropped."""
+        self.epoch = epoch
+        if self.packer is not None and self.packer.epoch != epoch:
+            self.packer.set_epoch(epoch)
 
 
 class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
@@ -236,7 +275,9 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         elif self.args.fp16:
             cause = "all parameters are finite: activations overflow in fp16; train with bf16"
         else:
-            cause = "all parameters are finite: activations overflow; check the data of this step and the model's precision"
+            cause = (
+                "all parameters are finite: activations overflow; check the data of this step and the model's precision"
+            )
         raise SystemExit(
             f"axolotl-medusa: the loss is {loss.item()} at step {self.state.global_step + 1}; {cause}. Stopped before the step changed "
             f"anything; checkpoints in {self.args.output_dir} are untouched."
@@ -254,7 +295,9 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums, reduction="sum")
         values = (sums[:, 0] / sums[:, 1]).tolist()
-        return {prefix + name: value for name, value in zip(self._medusa_names, values, strict=True) if math.isfinite(value)}
+        return {
+            prefix + name: value for name, value in zip(self._medusa_names, values, strict=True) if math.isfinite(value)
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the heads' metrics of the logging interval to a training log."""
@@ -271,6 +314,15 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(self._pop_metrics("eval", f"{metric_key_prefix}_"))
         return output
+
+    def _create_multipack_sampler(self, base_sampler: Sampler[int], dataset: Any) -> Any:
+        if isinstance(base_sampler, RandomSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            base_sampler = EpochShuffle(len(dataset), seed)
+        packer = super()._create_multipack_sampler(base_sampler, dataset)
+        if isinstance(base_sampler, EpochShuffle):
+            base_sampler.packer = packer
+        return packer
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Axolotl's optimizer, with the heads in parameter groups of their own learning rate."""
@@ -312,7 +364,9 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         if self.medusa_cfg.medusa_init_from:
             return
         if not (Path(self.args.output_dir) / HEADS_FOLDER).is_dir():
-            LOG.warning(f"evaluating untrained heads: {self.args.output_dir} holds no {HEADS_FOLDER} and medusa_init_from is not set")
+            LOG.warning(
+                f"evaluating untrained heads: {self.args.output_dir} holds no {HEADS_FOLDER} and medusa_init_from is not set"
+            )
             return
         self._load_heads(self.args.output_dir)
 
@@ -326,7 +380,7 @@ def heads_dtype(model: nn.Module, cfg: DictDefault) -> torch.dtype:
 
     Heads take small steps from a start at zero, which bf16 parameters would round away.
     """
-    if (cfg.bf16 and cfg.bf16 != "full") or (cfg.fp16 and cfg.fp16 != "full") or cfg.adapter:
+    if cfg.bf16 or cfg.bfloat16 or cfg.fp16 or cfg.adapter:
         return torch.float32
     dtypes = {parameter.dtype for parameter in backbone(causal_lm(model)).parameters() if parameter.is_floating_point()}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32

