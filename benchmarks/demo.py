@@ -36,7 +36,7 @@ EXAMPLE = ROOT / "examples" / "medusa" / "smollm2.yml"
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 STAGES = ("model", "server", "generate", "train", "serve", "summary")
 
-TRAIN_PROMPTS = {"vllm": 400, "transformers": 24}
+TRAIN_PROMPTS = {"vllm": 360, "transformers": 24}
 HELDOUT_PROMPTS = {"vllm": 40, "transformers": 8}
 """`transformers serve` is 10 to 20 times slower on a CPU, so it gets fewer prompts."""
 MAX_TOKENS = {"vllm": 320, "transformers": 160}

@@ -136,9 +136,7 @@ class ChatServer:
         try:
             response = await self.client.get(url)
         except (httpx.RequestError, httpx.InvalidURL) as error:
-            raise ServerError(
-                f"cannot reach {url} ({type(error).__name__}: {error}); is the server up?"
-            ) from error
+            raise ServerError(f"cannot reach {url} ({type(error).__name__}: {error}); is the server up?") from error
         if self.model and response.status_code not in (401, 403):
             return  # some servers list no models but answer
         if not response.is_success:
@@ -149,9 +147,7 @@ class ChatServer:
         except (ValueError, KeyError, TypeError) as error:
             raise ServerError(f"{url}: found {self.quote(response)!r}, expected a list of models") from error
         if len(names) != 1:
-            raise ServerError(
-                f"{url}: found {len(names)} models {shorten(names)}, expected one; choose with --model"
-            )
+            raise ServerError(f"{url}: found {len(names)} models {shorten(names)}, expected one; choose with --model")
         self.model = names[0]
 
     async def answer(self, request: Mapping[str, Any]) -> Answer:

@@ -19,9 +19,10 @@ from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
 
+from tqdm import tqdm
+
 from chat_server import DEFAULT_API_KEY_ENV, Answer, ChatServer, RowError, ServerError, read_api_key
 from prompt_files import InputError, Row, Turn, count_rows, parse_json, read_rows
-from tqdm import tqdm
 
 
 def number(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -57,22 +58,14 @@ class Settings:
     num_threads: int = field(metadata=flag("requests in flight at a time", 32, type=number(int, 1)))
     max_tokens: int = field(metadata=flag("longest answer, in tokens", 2048, type=number(int, 1)))
     temperature: float = field(metadata=flag("sampling temperature", 0.3, type=number(float, 0)))
-    top_p: float | None = field(
-        metadata=flag("nucleus sampling (default: the server's)", type=number(float, 0, 1))
-    )
+    top_p: float | None = field(metadata=flag("nucleus sampling (default: the server's)", type=number(float, 0, 1)))
     seed: int | None = field(metadata=flag("seed (default: made from each row's id)", type=number(int, 0)))
-    chat: bool = field(
-        metadata=flag("answer every user turn, not only the first", False, action="store_true")
-    )
+    chat: bool = field(metadata=flag("answer every user turn, not only the first", False, action="store_true"))
     limit: int | None = field(metadata=flag("use only this many rows (default: all)", type=number(int, 1)))
-    drop_cut: bool = field(
-        metadata=flag("leave out conversations cut by max_tokens", False, action="store_true")
-    )
+    drop_cut: bool = field(metadata=flag("leave out conversations cut by max_tokens", False, action="store_true"))
     timeout_s: float = field(metadata=flag("longest wait for an answer", 600.0, type=number(float, 0.001)))
     max_retries: int = field(metadata=flag("further tries after a passing failure", 5, type=number(int, 0)))
-    backoff_s: float = field(
-        metadata=flag("first wait before a retry, then doubled", 1.0, type=number(float, 0))
-    )
+    backoff_s: float = field(metadata=flag("first wait before a retry, then doubled", 1.0, type=number(float, 0)))
     api_key_env: str = field(metadata=flag("environment variable with the API key", DEFAULT_API_KEY_ENV))
 
     @property
@@ -116,12 +109,8 @@ def read_done_ids(path: Path) -> set[str]:
                 break
             whole_bytes += len(raw)
             record = parse_json(raw, f"{path}:{count}")
-            if not (
-                isinstance(record, dict) and isinstance(record.get("id"), str) and "finish_reasons" in record
-            ):
-                raise InputError(
-                    f"{path}:{count}: found {shorten(record)}, expected an earlier run's conversation"
-                )
+            if not (isinstance(record, dict) and isinstance(record.get("id"), str) and "finish_reasons" in record):
+                raise InputError(f"{path}:{count}: found {shorten(record)}, expected an earlier run's conversation")
             done.add(record["id"])
     torn_bytes = path.stat().st_size - whole_bytes
     if torn_bytes:
@@ -154,9 +143,7 @@ async def converse(row: Row, server: ChatServer, settings: Settings) -> dict[str
     Raises:
         RowError: If a turn gets no whole answer.
     """
-    row_seed = (
-        int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16) >> 1
-    )  # 31 bits fit every server's integer
+    row_seed = int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16) >> 1  # 31 bits fit every server's integer
     sampling: dict[str, Any] = {"max_tokens": settings.max_tokens, "temperature": settings.temperature}
     sampling["seed"] = row_seed if settings.seed is None else settings.seed
     if settings.top_p is not None:
@@ -315,9 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, counts = parse_args(argv), Counts()
     try:
         if settings.output_path.resolve() == settings.data_path.resolve():
-            raise InputError(
-                f"found {settings.data_path} as --data_path and --output_path, expected two files"
-            )
+            raise InputError(f"found {settings.data_path} as --data_path and --output_path, expected two files")
         counts.input_rows = count_rows(settings.data_path, settings.limit)
         settings.output_path.parent.mkdir(parents=True, exist_ok=True)
         report = asyncio.run(generate(settings, counts, read_done_ids(settings.output_path)))

@@ -80,9 +80,7 @@ def parse_turn(turn: Any, role_key: str, text_key: str, where: str) -> Turn:
     role = ROLES.get(str(turn.get(role_key))) if isinstance(turn, dict) else None
     text = turn.get(text_key) if role else None
     if role is None or not isinstance(text, str) or (role == "user" and not text.strip()):
-        expected = (
-            f"'{role_key}' to be one of {', '.join(ROLES)} and '{text_key}' a text, not empty for a user"
-        )
+        expected = f"'{role_key}' to be one of {', '.join(ROLES)} and '{text_key}' a text, not empty for a user"
         raise InputError(f"{where}: found the turn {shorten(turn)}, expected {expected}")
     return {"role": role, "content": text}
 
@@ -114,9 +112,7 @@ def parse_row(record: Any, where: str) -> Row:
         digest = hashlib.sha256(canonical.encode()).hexdigest()
         str(row_id).encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: found half of a surrogate pair ({error}), expected valid Unicode"
-        ) from error
+        raise InputError(f"{where}: found half of a surrogate pair ({error}), expected valid Unicode") from error
     if row_id is None:
         return Row(digest[:16], digest, turns)
     if isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "":
@@ -148,9 +144,7 @@ def count_rows(path: Path, limit: int | None = None) -> int:
     for row in read_rows(path, limit):
         total += 1
         if digests.setdefault(row.id, row.digest) != row.digest:
-            raise InputError(
-                f"{path}: found the id '{row.id}' on two different conversations, expected unique ids"
-            )
+            raise InputError(f"{path}: found the id '{row.id}' on two different conversations, expected unique ids")
     if not total:
         raise InputError(f"{path}: found no rows, expected at least one")
     return total

@@ -59,8 +59,8 @@ def test_valid_yaml_has_no_problems_before_and_after_axolotls_validation(recipe,
 
 
 def test_merged_config_has_our_defaults_and_keeps_axolotls_behaviour(validate):
-    plain = validate(plugins=None)
-    ours = validate(medusa_num_heads=3)
+    plain = validate(plugins=None, a_key_that_nobody_knows=1)
+    ours = validate(medusa_num_heads=3, a_key_that_nobody_knows=1)
     assert {key: ours[key] for key in ours if key not in plain} == {
         **MedusaArgs(medusa_num_heads=3).model_dump(exclude_none=True),
         "plugins": [PLUGIN],

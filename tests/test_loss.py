@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from naive_reference import naive_targets
 from torch.nn import functional as F
 
@@ -15,12 +16,13 @@ from axolotl_medusa.loss import (
     IGNORE_INDEX,
     RowLossWeights,
     chunk_losses,
+    is_top_token,
     medusa_targets,
     row_losses,
     sample_ids,
     scheduler_factor,
     target_counts,
-    target_ranks,
+    top_k_hits,
 )
 
 ROWS, HIDDEN, VOCAB = 23, 6, 37
@@ -113,7 +115,7 @@ def test_chunk_losses_equal_the_plain_formulas_and_their_gradient(name):
     torch.manual_seed(0)
     logits = (3 * torch.randn(ROWS, VOCAB)).requires_grad_()
     fixed, targets = 3 * torch.randn(ROWS, VOCAB), torch.randint(VOCAB, (ROWS,))
-    loss, cross_entropy, kl = chunk_losses(logits, targets, fixed, weights)
+    loss, cross_entropy, kl, _ = chunk_losses(logits, targets, fixed, weights)
     q, p, one_hot = logits.detach().softmax(-1), fixed.softmax(-1), F.one_hot(targets, VOCAB).float()
     soft = weights.own_softmax * q + (1 - weights.own_softmax) * one_hot
     expected_kl = (p * (p.log() - q.log())).sum()
@@ -131,7 +133,7 @@ def test_chunk_losses_equal_the_plain_formulas_and_their_gradient(name):
 
 def test_chunk_losses_without_fixed_distribution_have_no_divergence():
     logits, targets = torch.randn(ROWS, VOCAB), torch.randint(VOCAB, (ROWS,))
-    loss, cross_entropy, kl = chunk_losses(logits, targets, None, RowLossWeights(kl=1.0))
+    loss, cross_entropy, kl, _ = chunk_losses(logits, targets, None, RowLossWeights(kl=1.0))
     assert kl.item() == 0.0
     assert loss.item() == cross_entropy.item()
 
@@ -145,16 +147,27 @@ def test_chunk_losses_half_precision_logits_are_used_in_fp32():
         strict=True,
     ):
         assert half.dtype == torch.float32
-        assert half.item() == full.item()
+        assert torch.equal(half, full)
 
 
-def test_target_ranks_agree_with_topk_and_ties_count_as_right():
+def test_accuracies_agree_with_topk_and_ties_count_as_right():
     torch.manual_seed(1)
     logits, targets = torch.randn(200, 11), torch.randint(11, (200,))
-    ranks = target_ranks(logits, targets)
+    hits = top_k_hits(logits, targets, 11)
     for k in range(1, 12):
-        assert torch.equal(ranks < k, (logits.topk(k).indices == targets[:, None]).any(-1))
-    assert target_ranks(torch.tensor([[1.0, 2.0, 2.0, 0.0]]), torch.tensor([2])).tolist() == [0]
+        assert hits[k - 1] == (logits.topk(k).indices == targets[:, None]).any(-1).sum()
+    assert torch.equal(is_top_token(logits, targets), logits.argmax(-1) == targets)
+    assert is_top_token(torch.tensor([[1.0, 2.0, 2.0, 0.0]]), torch.tensor([2])).tolist() == [True]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_row_losses_sampled_accuracies_count_every_nth_row_of_each_chunk(every):
+    hidden, layer, targets, _ = case(rows=10)
+    result = row_losses(hidden, targets, layer, vocab_size=VOCAB, top_k=4, top_k_every=every, chunk_rows=4)
+    sampled = [row for start in (0, 4, 8) for row in range(start, min(start + 4, 10), every)]
+    assert result.topk_rows == len(sampled)
+    assert torch.equal(result.topk_hits[1:], top_k_hits(layer(hidden)[sampled], targets[sampled], 4)[1:])
+    assert torch.equal(result.correct, is_top_token(layer(hidden), targets))
 
 
 def case(rows=ROWS, dtype=torch.float32, vocab=VOCAB, seed=0):
@@ -175,7 +188,7 @@ def test_row_losses_equal_chunk_losses_of_all_rows(name, recompute, chunk_rows, 
     layer.requires_grad_(trained != "hidden")
     wanted = [tensor for tensor in (hidden, *layer.parameters()) if tensor.requires_grad]
     logits = layer(hidden)
-    expected, cross_entropy, kl = chunk_losses(logits, targets, fixed, weights)
+    expected, cross_entropy, kl, _ = chunk_losses(logits, targets, fixed, weights)
     gradients = torch.autograd.grad(2.5 * expected, wanted)
     result = row_losses(
         hidden,
@@ -187,13 +200,15 @@ def test_row_losses_equal_chunk_losses_of_all_rows(name, recompute, chunk_rows, 
         weights=weights,
         chunk_rows=chunk_rows,
         recompute=recompute,
+        top_k=3,
     )
     found = torch.autograd.grad(2.5 * result.loss, wanted)
     torch.testing.assert_close(result.loss, expected, rtol=RTOL, atol=ATOL)
     torch.testing.assert_close(result.cross_entropy, cross_entropy, rtol=RTOL, atol=ATOL)  # also after the backward
     torch.testing.assert_close(result.kl, kl, rtol=RTOL, atol=ATOL)
     assert not result.cross_entropy.requires_grad and not result.kl.requires_grad
-    assert torch.equal(result.ranks, target_ranks(logits, targets))
+    assert torch.equal(result.correct, is_top_token(logits, targets))
+    assert torch.equal(result.topk_hits, top_k_hits(logits, targets, 3)) and result.topk_rows == ROWS
     for ours, theirs in zip(found, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=RTOL, atol=ATOL)
 
@@ -206,16 +221,16 @@ def test_row_losses_without_rows_are_zero_with_a_zero_gradient_for_every_paramet
         hidden, targets, layer, vocab_size=VOCAB, parameters=list(layer.parameters()), chunk_rows=3, recompute=recompute
     )
     assert result.loss.item() == 0.0 and result.cross_entropy.item() == 0.0
-    assert result.ranks.shape == (0,)
+    assert result.correct is None and result.topk_hits is None
     result.loss.backward()
     assert hidden.grad.shape == (0, HIDDEN)
     assert all(parameter.grad is not None and parameter.grad.abs().max() == 0 for parameter in layer.parameters())
 
 
-def test_row_losses_without_ranks_or_weights_are_plain_cross_entropy():
+def test_row_losses_without_accuracies_or_weights_are_plain_cross_entropy():
     hidden, layer, targets, _ = case()
-    result = row_losses(hidden, targets, layer, vocab_size=VOCAB, with_ranks=False)
-    assert result.ranks is None
+    result = row_losses(hidden, targets, layer, vocab_size=VOCAB)
+    assert result.correct is None
     torch.testing.assert_close(
         result.loss, F.cross_entropy(layer(hidden), targets, reduction="sum"), rtol=RTOL, atol=ATOL
     )
@@ -232,7 +247,6 @@ def test_row_losses_without_anything_to_train_record_no_graph(why):
     assert not result.loss.requires_grad
     expected = F.cross_entropy(layer(hidden), targets, reduction="sum")
     torch.testing.assert_close(result.loss, expected, rtol=RTOL, atol=ATOL, check_stride=False)
-    assert torch.equal(result.ranks, target_ranks(layer(hidden), targets))
 
 
 def counting(layer, seen, hidden):
@@ -258,6 +272,24 @@ def test_row_losses_recompute_only_where_parameters_are_sharded(sharding, passes
     )
     result.loss.backward()
     assert sorted(seen) == sorted([5, 5, 5, 5, 3] * passes)
+
+
+def test_row_losses_whole_recomputation_counts_nothing_twice():
+    hidden, layer, targets, _ = case()
+    with torch.utils.checkpoint.set_checkpoint_early_stop(False):
+        result = row_losses(
+            hidden,
+            targets,
+            layer,
+            vocab_size=VOCAB,
+            parameters=list(layer.parameters()),
+            chunk_rows=5,
+            recompute=True,
+            top_k=VOCAB,
+        )
+        result.loss.backward()
+    torch.testing.assert_close(result.cross_entropy, result.loss.detach(), rtol=RTOL, atol=ATOL)
+    assert result.correct.shape == (ROWS,) and result.topk_hits[-1] == ROWS
 
 
 def test_row_losses_default_chunk_keeps_chunk_logits(monkeypatch):

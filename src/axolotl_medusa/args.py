@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf")
 
@@ -63,24 +63,37 @@ class MedusaArgs(BaseModel):
         description="Number of heads N; head i predicts the token i + 2 ahead. Recipes: 5 (paper), 3 for a chain.",
     )
     medusa_num_layers: int = Field(
-        default=1, ge=1, le=8, description="Residual blocks per head, independent of each other. Default: paper, 1."
+        default=1,
+        ge=1,
+        le=8,
+        description="Residual blocks per head, independent of each other. Default: paper, 1.",
     )
     medusa_only_heads: bool = Field(
         default=False,
         description="true: Medusa-1, the backbone is frozen. false: Medusa-2, heads and backbone together.",
     )
     medusa_heads_coefficient: float = Field(
-        default=0.2, gt=0.0, description="λ0, weight of the heads' losses. Default: paper, section 2.2.2, 0.2."
+        allow_inf_nan=False,
+        default=0.2,
+        gt=0.0,
+        description="λ0, weight of the heads' losses. Default: paper, section 2.2.2, 0.2.",
     )
     medusa_decay_coefficient: float = Field(
-        default=0.8, gt=0.0, le=1.0, description="Head i (from 0) is weighted λ0 · decay^(i + 1). Default: paper, 0.8."
+        allow_inf_nan=False,
+        default=0.8,
+        gt=0.0,
+        le=1.0,
+        description="Head i (from 0) is weighted λ0 · decay^(i + 1). Default: paper, 0.8.",
     )
     medusa_scheduler: str = Field(
         default="constant",
         description="Factor on λ0 over training: constant, linear, sine, or sine_R (sine up to the fraction R, then 1).",
     )
     medusa_lr_multiplier: float = Field(
-        default=1.0, gt=0.0, description="Learning rate of the heads relative to the backbone's. The recipes use 4."
+        allow_inf_nan=False,
+        default=1.0,
+        gt=0.0,
+        description="Learning rate of the heads relative to the backbone's. The recipes use 4.",
     )
     medusa_num_unfreeze_layers: int = Field(
         default=0,
@@ -92,15 +105,23 @@ class MedusaArgs(BaseModel):
         description="Adds KL(frozen self ‖ trained self) to the base loss; the teacher is the model with adapters off.",
     )
     medusa_lm_coefficient: float | None = Field(
+        allow_inf_nan=False,
         default=None,
         ge=0.0,
         description="Weight of the base model's own CE. Default: 1.0, or 0.0 with self-distillation.",
     )
     medusa_kl_coefficient: float | None = Field(
-        default=None, ge=0.0, description="Weight of the self-distillation KL. Default: 1.0 with self-distillation."
+        allow_inf_nan=False,
+        default=None,
+        ge=0.0,
+        description="Weight of the self-distillation KL. Default: 1.0 with self-distillation.",
     )
     medusa_distillation_regularization: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="α: base targets are α · own softmax + (1 - α) · one-hot."
+        allow_inf_nan=False,
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="α: base targets are α · own softmax + (1 - α) · one-hot.",
     )
     medusa_logging: bool = Field(
         default=True, description="Log per-head losses and accuracies, and the acceptance length."
@@ -119,12 +140,23 @@ class MedusaArgs(BaseModel):
         description="ce, or kl: heads learn the base model's own distribution at the position they predict.",
     )
 
+    @field_validator(
+        "medusa_num_heads", "medusa_num_layers", "medusa_num_unfreeze_layers", "medusa_logging_topk", mode="before"
+    )
+    @classmethod
+    def _refuse_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("expected a whole number")
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, data: Any) -> Any:
         problems = unknown_key_problems(data) if isinstance(data, Mapping) else []
         if problems:
             raise ValueError("; ".join(problems))
+        if isinstance(data, Mapping):  # `key:` without a value means the default
+            return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
         return data
 
     @model_validator(mode="after")
@@ -141,8 +173,13 @@ def unknown_key_problems(cfg: Mapping[str, Any]) -> list[str]:
     problems = []
     for key in sorted(str(key) for key in cfg if str(key).startswith("medusa")):
         if key not in MedusaArgs.model_fields:
-            nearest = difflib.get_close_matches(key, MedusaArgs.model_fields, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(MedusaArgs.model_fields)}"
+            names = [name.removeprefix("medusa_") for name in MedusaArgs.model_fields]
+            stem = key.removeprefix("medusa").lstrip("_")
+            nearest = difflib.get_close_matches(stem, names, n=1, cutoff=0.5)
+            nearest = nearest or [name for name in names if stem and name.startswith(stem)]
+            hint = (
+                f"did you mean medusa_{nearest[0]}?" if nearest else f"known keys: {', '.join(MedusaArgs.model_fields)}"
+            )
             problems.append(f"{key} is not a key of axolotl-medusa: {hint}")
     return problems
 
@@ -178,6 +215,7 @@ def config_problems(cfg: Mapping[str, Any]) -> list[str]:
     """
     problems = unknown_key_problems(cfg)
     known = {key: cfg[key] for key in MedusaArgs.model_fields if cfg.get(key) is not None}
+    bad: set[Any] = set()
     try:
         args = MedusaArgs.model_validate(known)
     except ValidationError as error:
@@ -187,11 +225,12 @@ def config_problems(cfg: Mapping[str, Any]) -> list[str]:
         args = MedusaArgs.model_validate({"medusa_num_heads": 1, **good})  # contradictions are reported in the same run
     problems += _schedule_problems(args)
     problems += _recipe_problems(args, cfg)
-    problems += _size_problems(args, cfg)
+    if "medusa_num_heads" not in bad:
+        problems += _size_problems(args, cfg)
     problems += _trainer_problems(args, cfg)
     problems += _base_model_problems(cfg)
     if args.medusa_init_from is not None:
-        problems += _init_from_problems(args)
+        problems += _init_from_problems(args, bad)
     return problems
 
 
@@ -250,7 +289,7 @@ def _recipe_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
             f"medusa_kl_coefficient is {args.medusa_kl_coefficient} without medusa_self_distillation: there is no teacher; "
             "set medusa_self_distillation: true or remove the coefficient"
         )
-    if args.medusa_self_distillation and args.medusa_kl_coefficient == 0.0:
+    if args.medusa_self_distillation and cfg.get("medusa_kl_coefficient") == 0.0:
         problems.append(
             "medusa_kl_coefficient is 0 with medusa_self_distillation: true, which then does nothing; remove one"
         )
@@ -263,7 +302,7 @@ def _recipe_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
             "medusa_distillation_regularization shapes the base model's CE, whose weight medusa_lm_coefficient is 0 with "
             "self-distillation; set medusa_lm_coefficient or remove the regularization"
         )
-    if args.medusa_only_heads and args.medusa_lm_coefficient not in (None, 1.0):
+    if args.medusa_only_heads and not args.medusa_self_distillation and args.medusa_lm_coefficient != 1.0:
         problems.append(
             "medusa_lm_coefficient weights the base loss, which medusa_only_heads: true does not train; remove one"
         )
@@ -272,7 +311,7 @@ def _recipe_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
 
 def _size_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
     sequence_len = cfg.get("sequence_len")
-    if sequence_len and args.medusa_num_heads + 2 > int(sequence_len):
+    if isinstance(sequence_len, int) and args.medusa_num_heads + 2 > sequence_len:
         return [
             f"medusa_num_heads is {args.medusa_num_heads} but sequence_len is {sequence_len}: head {args.medusa_num_heads - 1} "
             f"predicts {args.medusa_num_heads + 1} tokens ahead and would never have a target; lower one or raise the other"
@@ -293,14 +332,23 @@ def _trainer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
         )
     for key in ("relora", "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree"):
         value = cfg.get(key)
-        if value and value != 1:
+        if value is True or value not in (None, False, 0, 1):
             problems.append(
                 f"{key} is {value}: targets of Medusa heads reach across its parts and it is not supported; remove it"
             )
-    if str(cfg.get("fsdp_version") or "2") == "1" and (cfg.get("fsdp_config") or cfg.get("fsdp")):
-        problems.append(
-            "fsdp_version is 1: its flattened parameters cannot hold heads beside frozen layers; set fsdp_version: 2"
+    fsdp_config = cfg.get("fsdp_config") or {}
+    if fsdp_config or cfg.get("fsdp"):
+        nested = (
+            (fsdp_config.get("fsdp_version") or fsdp_config.get("version"))
+            if isinstance(fsdp_config, Mapping)
+            else None
         )
+        version = str(cfg.get("fsdp_version") or nested or 1)  # axolotl's own default
+        if version != "2":
+            problems.append(
+                f"fsdp_version is {version}: its flattened parameters cannot hold heads beside frozen layers; "
+                "set fsdp_version: 2"
+            )
     if cfg.get("label_smoothing_factor"):
         problems.append("label_smoothing_factor replaces the loss that trains the heads; remove it")
     return problems
@@ -308,6 +356,8 @@ def _trainer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
 
 def _base_model_problems(cfg: Mapping[str, Any]) -> list[str]:
     name = str(cfg.get("base_model") or "")
+    if not name:
+        return []  # axolotl says so itself
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -319,7 +369,7 @@ def _base_model_problems(cfg: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _init_from_problems(args: MedusaArgs) -> list[str]:
+def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
     directory = heads_directory(str(args.medusa_init_from))
     config_file = directory / "config.json"
     if not config_file.is_file() or not (directory / "medusa_lm_head.safetensors").is_file():
@@ -336,5 +386,5 @@ def _init_from_problems(args: MedusaArgs) -> list[str]:
     return [
         f"{key} is {getattr(args, key)!r} but the heads in medusa_init_from {args.medusa_init_from} have {value!r}: use the same value"
         for key, value in found.items()
-        if value != getattr(args, key)
+        if key not in bad and value != getattr(args, key)
     ]

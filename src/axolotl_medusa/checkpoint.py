@@ -156,9 +156,12 @@ def output_layer_weight(model: nn.Module) -> Tensor:
                 if adapter in layer.lora_A:
                     if getattr(layer, "use_dora", {}).get(adapter):
                         raise ValueError(
-                            "DoRA on lm_head cannot be shared with Medusa heads: set medusa_lm_head: separate"
+                            "DoRA on lm_head is not supported with Medusa heads: "
+                            "take lm_head out of the LoRA targets or set peft_use_dora: false"
                         )
-                    weight += layer.get_delta_weight(adapter).to(weight.dtype)
+                    weight += layer.get_delta_weight(adapter)
+        elif hasattr(layer, "token_adapter"):
+            weight = layer.token_adapter.get_merged_weights(layer.token_adapter.active_adapters).detach()
         else:
             active = layer.modules_to_save[layer.active_adapters[0]] if hasattr(layer, "modules_to_save") else frozen
             weight = _whole(active.weight).detach()
@@ -258,6 +261,12 @@ def load_into(model: nn.Module, file: HeadsFile) -> None:
     """
     heads = attached_heads(model)
     own = file.head_tensors()
+    surplus = sorted(own.keys() - heads.state_dict().keys())
+    if surplus:
+        raise ValueError(
+            f"saved heads do not fit {type(causal_lm(model)).__name__}: {surplus[0]} has no place in the model's heads; "
+            "use the medusa_* keys that they were trained with"
+        )
     for name, parameter in heads.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", None) or parameter.shape)
         if name not in own or tuple(own[name].shape) != shape:

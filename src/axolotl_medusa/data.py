@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_ASSISTANT_ROLES = ("assistant", "gpt", "model")
+_ASSISTANT_ROLES = ("assistant", "gpt")
 _JSON_SUFFIXES = (".json", ".jsonl")
 
 
@@ -30,6 +30,8 @@ def dataset_problems(cfg: Mapping[str, Any]) -> list[str]:
         if not path.is_file() or path.suffix not in _JSON_SUFFIXES:
             continue
         kind = entry.get("type") or ""
+        if kind == "chat_template" and _trains_by_other_rules(cfg, entry):
+            continue
         if kind == "chat_template":
             problem = _count_bad_rows(
                 path, lambda row, entry=entry: _has_assistant_turn(row, entry), "an assistant turn"
@@ -41,6 +43,11 @@ def dataset_problems(cfg: Mapping[str, Any]) -> list[str]:
         if problem:
             problems.append(f"datasets path {path}: {problem}")
     return problems
+
+
+def _trains_by_other_rules(cfg: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    marks = ("message_field_training", "message_field_training_detail")
+    return bool(cfg.get("train_on_inputs")) or any(entry.get(mark) for mark in marks)
 
 
 def _count_bad_rows(path: Path, is_good: Any, wanted: str) -> str | None:
@@ -56,10 +63,15 @@ def _count_bad_rows(path: Path, is_good: Any, wanted: str) -> str | None:
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     with path.open(encoding="utf-8") as file:
-        first = file.read(1)
+        start = ""
+        while path.suffix == ".json" and not start and (line := file.readline()):
+            start = line.strip()
         file.seek(0)
-        if path.suffix == ".json" and first == "[":
-            yield from json.load(file)
+        if start.startswith("["):
+            try:
+                yield from json.load(file)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is not JSON ({error}): expected a list of objects") from None
             return
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -76,11 +88,12 @@ def _has_assistant_turn(row: Mapping[str, Any], entry: Mapping[str, Any]) -> boo
     for role, spellings in (entry.get("roles") or {}).items():
         if role in wanted:
             wanted |= {str(spelling) for spelling in spellings}
-    if "assistant" in wanted:
+    if wanted & set(_ASSISTANT_ROLES):
         wanted |= set(_ASSISTANT_ROLES)
-    turns = row.get(entry.get("field_messages") or "messages") or []
+    turns = row.get(entry.get("field_messages") or "messages") if isinstance(row, Mapping) else None
+    turns = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
     return any(str(turn.get(role_key, turn.get("from"))) in wanted for turn in turns)
 
 
 def _has_label(row: Mapping[str, Any]) -> bool:
-    return any(label != -100 for label in row.get("labels") or [])
+    return isinstance(row, Mapping) and any(label != -100 for label in row.get("labels") or [])

@@ -158,6 +158,8 @@ def backbone(model: nn.Module) -> Any:
     """
     lm = causal_lm(model)
     inner = getattr(lm, "base_model", lm)
+    if inner is lm and hasattr(lm, "get_decoder") and not lm.config.is_encoder_decoder:
+        inner = lm.get_decoder()
     if inner is lm or not isinstance(inner, nn.Module):
         raise ValueError(
             f"{type(lm).__name__} has no separate backbone (its base_model is itself): Medusa heads need the last hidden "

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,19 +124,29 @@ class RowLosses:
         loss: The weighted loss with its gradient, scalar.
         cross_entropy: Plain -log q[target], scalar, detached.
         kl: KL(p ‖ q), scalar, detached; 0 without a fixed distribution.
-        ranks: Tokens that got a larger logit than the target, `[rows]`: 0 where the target is the top token. None where
-            they were not asked for.
+        correct: Whether no token has a larger logit than the target, `[rows]`; None where accuracies were not asked for.
+        topk_hits: Sampled rows whose target is among the top 1 to k tokens, `[k]`, or None.
+        topk_rows: How many rows were sampled for `topk_hits`.
     """
 
     loss: Tensor
     cross_entropy: Tensor
     kl: Tensor
-    ranks: Tensor | None
+    correct: Tensor | None = None
+    topk_hits: Tensor | None = None
+    topk_rows: int = 0
 
 
-def chunk_losses(
-    logits: Tensor, targets: Tensor, fixed_logits: Tensor | None, weights: RowLossWeights
-) -> tuple[Tensor, Tensor, Tensor]:
+class ChunkLosses(NamedTuple):
+    """What `chunk_losses` returns; scalars are sums over rows."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    kl: Tensor
+    log_q: Tensor
+
+
+def chunk_losses(logits: Tensor, targets: Tensor, fixed_logits: Tensor | None, weights: RowLossWeights) -> ChunkLosses:
     """The loss of a few rows, summed: the plain PyTorch that everything else in this module must equal.
 
     Args:
@@ -145,7 +156,7 @@ def chunk_losses(
         weights: What the loss is made of.
 
     Returns:
-        The weighted loss, the plain cross-entropy and the divergence, scalars.
+        The weighted loss, the plain cross-entropy, the divergence, and log q, `[rows, vocab]`; all but the first detached.
     """
     logits = logits.float()
     log_q = F.log_softmax(logits, dim=-1)
@@ -155,15 +166,21 @@ def chunk_losses(
         own = log_q.detach().exp()
         loss = loss - weights.cross_entropy * weights.own_softmax * (own * log_q).sum()
     if fixed_logits is None:
-        return loss, cross_entropy.detach(), torch.zeros_like(cross_entropy.detach())
+        return ChunkLosses(loss, cross_entropy.detach(), torch.zeros_like(cross_entropy.detach()), log_q.detach())
     log_p = F.log_softmax(fixed_logits.detach().float(), dim=-1)
     kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return loss + weights.kl * kl, cross_entropy.detach(), kl.detach()
+    return ChunkLosses(loss + weights.kl * kl, cross_entropy.detach(), kl.detach(), log_q.detach())
 
 
-def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
-    """Number of tokens with a larger logit than the target, `[rows]`, from `[rows, vocab]` and `[rows]`."""
-    return (logits > logits.gather(-1, targets[:, None])).sum(dim=-1)
+def is_top_token(scores: Tensor, targets: Tensor) -> Tensor:
+    """Whether no token scores higher than the target, `[rows]`, from `[rows, vocab]` and `[rows]`: one cheap pass."""
+    return scores.gather(-1, targets[:, None]).squeeze(-1) >= scores.amax(dim=-1)
+
+
+def top_k_hits(scores: Tensor, targets: Tensor, k: int) -> Tensor:
+    """Rows whose target is among the top 1 to k tokens, `[k]`, from `[rows, vocab]` and `[rows]`."""
+    found = scores.topk(k, dim=-1).indices == targets[:, None]
+    return found.sum(dim=0).cumsum(dim=0)
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -184,7 +201,7 @@ class _GradientInForward(torch.autograd.Function):
         """Returns the summed loss, scalar; keeps its gradients."""
         needs_hidden = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for chunk in chunks:
             rows = hidden[chunk].detach().requires_grad_(needs_hidden)
@@ -197,6 +214,7 @@ class _GradientInForward(torch.autograd.Function):
             for gradient, part in zip(gradients, found, strict=True):
                 gradient += part
             total += loss.detach()
+        gradients = [part.to(parameter.dtype) for part, parameter in zip(gradients, parameters, strict=True)]
         ctx.save_for_backward(*([hidden_gradient] if hidden_gradient is not None else []), *gradients)
         return total
 
@@ -222,7 +240,8 @@ def row_losses(
     parameters: Sequence[Tensor] = (),
     fixed_logits: Callable[[slice], Tensor] | None = None,
     weights: RowLossWeights | None = None,
-    with_ranks: bool = True,
+    top_k: int = 0,
+    top_k_every: int = 1,
     chunk_rows: int | None = None,
     recompute: bool | None = None,
 ) -> RowLosses:
@@ -239,7 +258,9 @@ def row_losses(
         parameters: What `project` uses; those that require a gradient get one.
         fixed_logits: Logits of the fixed distribution for a slice of the rows, or None.
         weights: What the loss is made of; plain cross-entropy without.
-        with_ranks: Whether to rank the targets, for accuracies.
+        top_k: Accuracies wanted, top 1 to k; 0: none.
+        top_k_every: Accuracies beyond the top token come from every n-th row of a chunk: a top-k pass costs as much as
+            the cross-entropy's.
         chunk_rows: Rows per chunk; without, as many as keep `CHUNK_LOGITS` logits.
         recompute: True: recompute each chunk's logits in the backward. False: compute its gradient in the forward,
             which saves a matmul. Without: the latter wherever parameters are plain tensors.
@@ -254,7 +275,8 @@ def row_losses(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     cross_entropy = torch.zeros((), dtype=torch.float32, device=hidden.device)
     kl = torch.zeros_like(cross_entropy)
-    ranks: dict[int, Tensor] = {}
+    correct: dict[int, Tensor] = {}
+    hits = torch.zeros(top_k, dtype=torch.long, device=hidden.device)
 
     def loss_of_chunk(chunk_hidden: Tensor, chunk: slice) -> Tensor:
         logits = project(chunk_hidden)
@@ -262,12 +284,14 @@ def row_losses(
         if fixed_logits is not None:
             with torch.no_grad():
                 fixed = fixed_logits(chunk)
-        loss, chunk_cross_entropy, chunk_kl = chunk_losses(logits, targets[chunk], fixed, weights)
-        if chunk.start not in ranks:  # the first of at most two passes: a recomputation must not count twice
-            ranks[chunk.start] = target_ranks(logits.detach(), targets[chunk]) if with_ranks else targets[:0]
-            cross_entropy.add_(chunk_cross_entropy)
-            kl.add_(chunk_kl)
-        return loss
+        result = chunk_losses(logits, targets[chunk], fixed, weights)
+        if chunk.start not in correct:  # the first of at most two passes: a recomputation must not count twice
+            correct[chunk.start] = is_top_token(result.log_q, targets[chunk]) if top_k else targets[:0].bool()
+            if top_k > 1:
+                hits.add_(top_k_hits(result.log_q[::top_k_every], targets[chunk][::top_k_every], top_k))
+            cross_entropy.add_(result.cross_entropy)
+            kl.add_(result.kl)
+        return result.loss
 
     if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
         with torch.no_grad():
@@ -278,4 +302,7 @@ def row_losses(
         ).sum()
     else:
         loss = _GradientInForward.apply(hidden, chunks, loss_of_chunk, *trained)  # type: ignore[no-untyped-call]
-    return RowLosses(loss, cross_entropy, kl, torch.cat(list(ranks.values())) if with_ranks else None)
+    if not top_k:
+        return RowLosses(loss, cross_entropy, kl)
+    sampled = sum(len(range(chunk.start, chunk.stop, top_k_every)) for chunk in chunks)
+    return RowLosses(loss, cross_entropy, kl, torch.cat(list(correct.values())), hits, sampled)

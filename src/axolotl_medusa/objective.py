@@ -31,6 +31,12 @@ from axolotl_medusa.loss import IGNORE_INDEX, RowLosses, RowLossWeights, medusa_
 BASE_LOSS_SAMPLE = 16
 """In Medusa-1 training the base loss is only watched: every 16th row of each batch keeps that below 1% of a step."""
 
+TOP_K_SAMPLE = 16
+"""In training, accuracies beyond top 1 come from every 16th row: a top-k pass costs half of a head's cross-entropy."""
+
+_OF_LM_HEAD = ("return_dict", "logits_to_keep", "skip_logits")
+"""Arguments that speak of the logits; the backbone does not take them."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -43,7 +49,7 @@ class Objective:
         kl_coefficient: Weight of KL(frozen self ‖ trained self).
         distillation_regularization: Share α of the model's own softmax in the base targets.
         head_loss: `ce`, or `kl` from the model's own distribution at the position that a head predicts.
-        logging: Whether ranks are computed for accuracies and the acceptance length.
+        logging: Whether accuracies are computed and the acceptance length.
         logging_topk: Accuracies top 1 to k.
         recompute: See `loss.row_losses`.
     """
@@ -108,7 +114,8 @@ def install_objective(model: nn.Module, objective: Objective) -> None:
     ) -> Any:
         if labels is None:
             return own_forward(input_ids=input_ids, **kwargs)
-        kwargs.pop("return_dict", None)
+        for name in _OF_LM_HEAD:
+            kwargs.pop(name, None)
         run = _Run(lm, objective, disable_adapter, {"input_ids": input_ids, **kwargs, "use_cache": False})
         return run(labels, num_items_in_batch, medusa_coefficient)
 
@@ -156,9 +163,11 @@ class _Run:
             weight = coefficient * objective.decay_coefficient ** (head + 1)
             loss = loss + weight * result.loss / counts[head + 1]
             sums.append((result.loss.detach(), chosen.sum()))
-            if result.ranks is not None:
-                sums += [((result.ranks < k).sum(), chosen.sum()) for k in range(1, objective.logging_topk + 1)]
-                correct &= torch.zeros_like(correct).masked_scatter(chosen, result.ranks == 0)
+            if result.correct is not None and result.topk_hits is not None:
+                sums.append((result.correct.sum(), chosen.sum()))
+                sampled = torch.tensor(result.topk_rows, device=rows.device)
+                sums += [(hits, sampled) for hits in result.topk_hits[1:]]
+                correct &= torch.zeros_like(correct).masked_scatter(chosen, result.correct)
                 accepted += correct.sum()
         if objective.logging:
             sums.append((accepted + rows.shape[0], torch.tensor(rows.shape[0], device=rows.device)))
@@ -185,7 +194,7 @@ class _Run:
         if objective.only_heads:
             watched = rows[:: BASE_LOSS_SAMPLE if self.lm.training else 1]
             with torch.no_grad():
-                result = self._row_losses(self.output, all_hidden[watched], targets[watched, 0], with_ranks=False)
+                result = self._row_losses(self.output, all_hidden[watched], targets[watched, 0])
             return torch.zeros_like(result.loss), [(result.cross_entropy, _count(watched))]
         fixed_logits = None
         if objective.kl_coefficient:
@@ -205,7 +214,6 @@ class _Run:
             targets[rows, 0],
             fixed_logits=fixed_logits,
             weights=weights,
-            with_ranks=False,
         )
         sums = [(result.loss.detach(), _count(rows))]
         if objective.kl_coefficient:
@@ -217,7 +225,7 @@ class _Run:
         hidden = self.heads.hidden(head, all_hidden[rows])
         layer = self.heads.output_layer(head) or self.output
         if self.objective.head_loss == "ce":
-            return self._row_losses(layer, hidden, targets, with_ranks=self.objective.logging)
+            return self._row_losses(layer, hidden, targets, **self._accuracies)
         predicted = all_hidden.detach()[rows + 1 + head]
 
         def fixed_logits(chunk: slice) -> Tensor:
@@ -230,8 +238,14 @@ class _Run:
             targets,
             fixed_logits=fixed_logits,
             weights=RowLossWeights(cross_entropy=0.0, kl=1.0),
-            with_ranks=self.objective.logging,
+            **self._accuracies,
         )
+
+    @property
+    def _accuracies(self) -> dict[str, int]:
+        if not self.objective.logging:
+            return {}
+        return {"top_k": self.objective.logging_topk, "top_k_every": TOP_K_SAMPLE if self.lm.training else 1}
 
     def _row_losses(self, layer: nn.Module, hidden: Tensor, targets: Tensor, **kwargs: Any) -> RowLosses:
         return row_losses(

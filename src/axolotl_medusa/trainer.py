@@ -350,14 +350,21 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
             self._saver.collected = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.medusa_cfg.medusa_only_heads:
+        if self._engine_keeps_heads or not self.medusa_cfg.medusa_only_heads:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_heads(resume_from_checkpoint)
+        if not self._engine_keeps_heads:
+            self._load_heads(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if not self.medusa_cfg.medusa_only_heads:
+        if self._engine_keeps_heads or not self.medusa_cfg.medusa_only_heads:
             super()._load_best_model()
-        self._load_heads(self.state.best_model_checkpoint)
+        if not self._engine_keeps_heads:
+            self._load_heads(self.state.best_model_checkpoint)
+
+    @property
+    def _engine_keeps_heads(self) -> bool:
+        """Whether checkpoints hold the state of an engine that wraps the whole model, heads included."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _load_trained_heads(self) -> None:
         """For `axolotl evaluate`: the heads of medusa_init_from are attached already, else those of output_dir are wanted."""

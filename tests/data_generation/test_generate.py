@@ -15,10 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import chat_server
 import generate
 import prompt_files
-import pytest
 
 SCRIPT = Path(generate.__file__)
 WAIT_S = 10.0  # no test comes near it; it only ends a test that would hang
@@ -32,9 +33,7 @@ Fault = tuple[int, dict[str, str], str] | str
 def completion(text: str | None, finish_reason: str | None = "stop", **extra: Any) -> str:
     """Returns the body of a chat completion; every answer costs 7 prompt and 3 completion tokens."""
     body = {
-        "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
-        ],
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}],
         "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
     }
     return json.dumps(body | extra)
@@ -184,9 +183,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 def test_output_row_without_chat_answers_first_user_turn(work: Workdir, server: FakeServer) -> None:
     system = {"role": "system", "content": "Be kind."}
-    work.write(
-        {"id": "a", "messages": [system, *turns("one", "old answer", "two")]}, {"id": 5, "prompt": "zwölf\n"}
-    )
+    work.write({"id": "a", "messages": [system, *turns("one", "old answer", "two")]}, {"id": 5, "prompt": "zwölf\n"})
     assert work.run() == 0
     assert work.rows() == {
         "a": {
@@ -209,9 +206,7 @@ def test_output_row_without_chat_answers_first_user_turn(work: Workdir, server: 
 
 def test_chat_answers_every_user_turn_with_new_answers_as_history(work: Workdir, server: FakeServer) -> None:
     system = {"role": "system", "content": "Be kind."}
-    work.write(
-        {"id": "a", "messages": [system, *turns("one", "old", "two", "older", "three", "oldest"), system]}
-    )
+    work.write({"id": "a", "messages": [system, *turns("one", "old", "two", "older", "three", "oldest"), system]})
     assert work.run("--chat") == 0
     history = [system, *turns("one", "re: one", "two", "re: two", "three", "re: three")]
     assert [request["messages"] for request in server.requests] == [history[:2], history[:4], history[:6]]
@@ -372,9 +367,7 @@ def test_resume_removes_a_torn_last_line(
     assert server.asked() == {"one": 1, "two": 2}
 
 
-@pytest.mark.parametrize(
-    "content", ['{"id": "a", "prompt": "x"}\ntail', "notes\ntail", "{}\n", '{"id": "a",\n{}\n']
-)
+@pytest.mark.parametrize("content", ['{"id": "a", "prompt": "x"}\ntail', "notes\ntail", "{}\n", '{"id": "a",\n{}\n'])
 def test_output_that_is_no_output_is_refused_and_left_alone(
     work: Workdir, server: FakeServer, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
@@ -420,9 +413,7 @@ def test_ctrl_c_keeps_what_is_written_and_says_how_to_go_on(work: Workdir, serve
 # ---- failures ----
 
 
-@pytest.mark.parametrize(
-    "planned", [*(fault(status) for status in (408, 409, 425, 429, 500, 503, 599)), DROP], ids=str
-)
+@pytest.mark.parametrize("planned", [*(fault(status) for status in (408, 409, 425, 429, 500, 503, 599)), DROP], ids=str)
 def test_passing_failure_is_retried(work: Workdir, server: FakeServer, planned: Fault) -> None:
     work.write({"id": "a", "prompt": "one"})
     server.faults["one"] = [planned, planned]
@@ -481,9 +472,7 @@ def test_lasting_failure_is_recorded_at_once(work: Workdir, server: FakeServer, 
         ('{"choices": [{"message": "text"}]}', "expected a chat completion"),
     ],
 )
-def test_answer_that_cannot_be_used_is_a_failure(
-    work: Workdir, server: FakeServer, body: str, reason: str
-) -> None:
+def test_answer_that_cannot_be_used_is_a_failure(work: Workdir, server: FakeServer, body: str, reason: str) -> None:
     work.write({"id": "a", "prompt": "one"}, {"id": "b", "prompt": "two"})
     server.faults["one"] = [fault(200, body)]
     assert work.run() == 1
@@ -499,9 +488,7 @@ def test_failure_in_a_later_turn_writes_no_half_conversation(work: Workdir, serv
     assert set(work.failures()) == {"a"}
 
 
-def test_retry_after_is_waited_for(
-    work: Workdir, server: FakeServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retry_after_is_waited_for(work: Workdir, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     really_sleep = chat_server.asyncio.sleep
 
@@ -694,9 +681,7 @@ def test_missing_input_is_one_line(work: Workdir, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     "flags", [["--num_threads", "0"], ["--top_p", "1.5"], ["--temperature", "nan"], ["--limit", "x"]]
 )
-def test_flag_out_of_bounds_is_refused(
-    work: Workdir, flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_flag_out_of_bounds_is_refused(work: Workdir, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     work.write({"prompt": "one"})
     with pytest.raises(SystemExit) as exit_info:
         work.run(*flags)
@@ -735,9 +720,7 @@ def test_api_key_is_sent_and_never_shown(
     assert server.authorizations == [f"Bearer {secret}"] * 2
 
 
-def test_api_key_variable_that_is_not_set_is_an_error(
-    work: Workdir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_api_key_variable_that_is_not_set_is_an_error(work: Workdir, capsys: pytest.CaptureFixture[str]) -> None:
     work.write({"prompt": "one"})
     assert work.run("--api_key_env", "NOT_SET_ANYWHERE") == 2
     assert "NOT_SET_ANYWHERE" in error_line(capsys)
@@ -752,9 +735,7 @@ def test_without_a_key_none_is_sent(work: Workdir, server: FakeServer) -> None:
 def test_script_needs_neither_torch_nor_the_package() -> None:
     heavy = {"torch", "transformers", "axolotl", "axolotl_medusa"}
     code = f"import generate, sys; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 

@@ -98,6 +98,7 @@ def make_yaml(tmp_path, tiny_base, chats) -> Callable[..., Path]:
             "bf16": False,
             "tf32": False,
             "dataset_num_proc": 1,
+            "dataloader_num_workers": 0,
             "lora_mlp_kernel": False,
             "lora_qkv_kernel": False,
             "lora_o_kernel": False,

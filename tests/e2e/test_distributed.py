@@ -1,0 +1,96 @@
+"""Two CPU processes give the result of one: losses, gradients (through the heads), metrics and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from axolotl_process import TIMEOUT_S, log_history
+
+from axolotl_medusa.checkpoint import read_heads
+
+pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+
+ROOT = Path(__file__).parents[2]
+NUMBERS = (
+    "loss",
+    "base_loss",
+    "medusa0_loss",
+    "medusa1_loss",
+    "medusa2_loss",
+    "medusa0_top1",
+    "medusa_acceptance_length",
+)
+COMMON = {
+    "medusa_only_heads": False,
+    "sample_packing": False,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 2,
+    "max_grad_norm": 1e9,
+    "plugins": ["cpu_ranks.CpuRanksPlugin", "axolotl_medusa.MedusaPlugin"],
+}
+
+
+def torchrun(config: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    result = subprocess.run(
+        [*command, "-m", "axolotl.cli.train", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        cwd=ROOT,
+        env=env,
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+
+
+@pytest.fixture
+def one_process(make_yaml, axolotl, tmp_path):
+    """The run that two processes must equal: both samples of a step in one batch."""
+
+    def run(**changes):
+        out = tmp_path / "one"
+        config = make_yaml(
+            **{**COMMON, "plugins": ["axolotl_medusa.MedusaPlugin"], "micro_batch_size": 2, **changes},
+            output_dir=str(out),
+        )
+        axolotl("train", config)
+        return out
+
+    return run
+
+
+def assert_same(one: Path, two: Path) -> None:
+    logs = [[entry for entry in log_history(out) if "loss" in entry] for out in (one, two)]
+    assert len(logs[0]) == len(logs[1]) == 2
+    for first, second in zip(*logs, strict=True):
+        for key in NUMBERS:
+            assert second[key] == pytest.approx(first[key], rel=5e-4, abs=1e-6), key
+    expected = read_heads(one / "medusa_heads").head_tensors()
+    found = read_heads(two / "medusa_heads").tensors
+    assert "lm_heads.0.weight" in found
+    for name, tensor in expected.items():
+        assert tensor.abs().max() > 0
+        torch.testing.assert_close(found[name], tensor, rtol=2e-2, atol=5e-5)  # Adam's first steps magnify rounding
+
+
+def test_two_ddp_processes_equal_one(one_process, make_yaml, tmp_path):
+    two = tmp_path / "two"
+    torchrun(make_yaml(**COMMON, output_dir=str(two)))
+    assert_same(one_process(), two)
+
+
+def test_two_zero3_processes_equal_one_and_gather_on_save(one_process, make_yaml, tmp_path):
+    two = tmp_path / "two"
+    config = json.loads((ROOT / "deepspeed_configs" / "zero3_bf16.json").read_text())
+    config["bf16"] = {"enabled": False}
+    file = tmp_path / "zero3_fp32.json"
+    file.write_text(json.dumps(config))
+    torchrun(make_yaml(**COMMON, output_dir=str(two), deepspeed=str(file)))
+    assert_same(one_process(), two)
