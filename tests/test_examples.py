@@ -300,7 +300,7 @@ def test_example_for_gpus_says_what_comes_next_and_its_limits(name):
     header, cfg = header_of(name), load(name)
     output = cfg["output_dir"].removeprefix("./")
     assert re.search(r"^Limits:", header, re.MULTILINE)
-    assert f"axolotl-medusa export {output} --to vllm" in header
+    assert f'"model": "{output}/medusa_heads"' in header
     merges = f"axolotl merge-lora examples/medusa/{name}.yml" in header
     assert merges is not cfg["medusa_only_heads"]
     assert not merges or f"{output}/merged" in header

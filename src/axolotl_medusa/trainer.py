@@ -208,17 +208,12 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         self.medusa_num_heads = attached_heads(self.model).num_heads
         self.model_accepts_loss_kwargs = True  # the objective divides by the counts of the whole step itself
         self._medusa_names = metric_names(self.medusa_num_heads, self.medusa_objective)
+        self._medusa_factor = scheduler_factor(cfg.medusa_scheduler, 0.0)
         self._medusa_sums: dict[str, Tensor | None] = {"train": None, "eval": None}
         set_trainable(self.model, cfg)
         counts = check_trainable(self.model, cfg)
         LOG.info("Medusa trains " + ", ".join(f"{part}: {size:,}" for part, size in counts.items()) + " parameters")
         self._saver = HeadsSaver(self.model, cfg, self.processing_class)
-
-    @property
-    def medusa_scheduler_coefficient(self) -> float:
-        """Factor on λ0 at the current optimizer step."""
-        progress = self.state.global_step / max(1, self.state.max_steps)
-        return scheduler_factor(self.medusa_cfg.medusa_scheduler, progress)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -251,7 +246,9 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         """The objective's loss; in evaluation with the full coefficient and over the batch's own counts."""
         coefficient = self.medusa_cfg.medusa_heads_coefficient
         if model.training:
-            coefficient *= self.medusa_scheduler_coefficient
+            progress = self.state.global_step / max(1, self.state.max_steps)
+            self._medusa_factor = scheduler_factor(self.medusa_cfg.medusa_scheduler, progress)
+            coefficient *= self._medusa_factor
         else:
             num_items_in_batch = None
         loss, outputs = super().compute_loss(
@@ -303,7 +300,7 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         """Adds the heads' metrics of the logging interval to a training log."""
         if "loss" in logs:
             logs |= self._pop_metrics("train")
-            logs["medusa_scheduler_coefficient"] = self.medusa_scheduler_coefficient
+            logs["medusa_scheduler_coefficient"] = self._medusa_factor
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

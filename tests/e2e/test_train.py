@@ -106,7 +106,12 @@ def test_train_accumulation_of_single_samples_equals_one_batch(make_yaml, axolot
 
 
 def test_train_medusa2_lora_result_loads_in_plain_peft_and_merges(make_yaml, axolotl, tmp_path, tiny_base):
-    config = make_yaml(**LORA, medusa_self_distillation=True, medusa_lr_multiplier=4.0)
+    config = make_yaml(
+        **LORA,
+        medusa_self_distillation=True,
+        medusa_lr_multiplier=4.0,
+        medusa_scheduler="sine_0.5",
+    )
     axolotl("train", config)
     out = tmp_path / "out"
     trained_heads(out)
@@ -120,8 +125,14 @@ def test_train_medusa2_lora_result_loads_in_plain_peft_and_merges(make_yaml, axo
     axolotl("merge_lora", config, f"--lora_model_dir={out}")
     _, info = AutoModelForCausalLM.from_pretrained(out / "merged", output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"]
-    last = [entry for entry in log_history(out) if "loss" in entry][-1]
-    assert last["base_kl"] >= 0 and "base_ce" in last
+    logs = [entry for entry in log_history(out) if "loss" in entry]
+    assert logs[-1]["base_kl"] >= 0 and "base_ce" in logs[-1]
+    assert [entry["medusa_scheduler_coefficient"] for entry in logs] == pytest.approx([0.0, 0.5**0.5, 1.0, 1.0])
+    groups = torch.load(out / "checkpoint-4" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert sorted({group["lr"] for group in groups}) == [1e-3, 4e-3]
+    assert sum(len(group["params"]) for group in groups if group["lr"] == 4e-3) == 6, (
+        "weights and biases of three heads"
+    )
 
 
 def test_train_medusa2_lora_legacy_merge_has_no_heads_inside(make_yaml, axolotl, tmp_path):
