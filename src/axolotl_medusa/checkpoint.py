@@ -130,9 +130,9 @@ def gathered(parameters: list[Tensor], *, write: bool = False) -> Iterator[None]
     if not partitioned:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(partitioned, modifier_rank=0 if write else None):
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield
 
 

@@ -37,6 +37,9 @@ LOG = get_logger(__name__)
 
 HEADS_FOLDER = "medusa_heads"
 
+_LARGEST_WEIGHT = 1e4
+"""Weights of working models stay far below; NaN is not below either. Only used to name the cause of a NaN loss."""
+
 
 def objective_of(cfg: DictDefault) -> Objective:
     """The training objective that a validated YAML asks for."""
@@ -206,7 +209,8 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         self.medusa_cfg = cfg
         self.medusa_objective = objective_of(cfg)
         self.medusa_num_heads = attached_heads(self.model).num_heads
-        self.model_accepts_loss_kwargs = True  # the objective divides by the counts of the whole step itself
+        # The objective divides by the counts of the whole step, over all ranks; the Trainer multiplies by their number.
+        self.model_accepts_loss_kwargs = self.args.average_tokens_across_devices = True
         self._medusa_names = metric_names(self.medusa_num_heads, self.medusa_objective)
         self._medusa_factor = scheduler_factor(cfg.medusa_scheduler, 0.0)
         self._medusa_sums: dict[str, Tensor | None] = {"train": None, "eval": None}
@@ -232,7 +236,7 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
                 for batch in batches
             ]
         ).sum(dim=0)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+        if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return batches, counts
 
@@ -263,17 +267,19 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
     def _stop_on_nonfinite_loss(self, loss: Tensor) -> None:
-        bad = [name for name, parameter in self.model.named_parameters() if not torch.isfinite(parameter).all()]
-        if bad:
+        sizes = {name: parameter.detach().abs().max().item() for name, parameter in self.model.named_parameters()}
+        name = max(sizes, key=lambda name: math.inf if math.isnan(sizes[name]) else sizes[name])
+        largest = sizes[name]
+        if not largest < _LARGEST_WEIGHT:
             cause = (
-                f"{len(bad)} parameters are not finite any more, e.g. {bad[0]}: an earlier step was too large; lower learning_rate or "
+                f"{name} has grown to {largest:.3g}: an earlier step was too large; lower learning_rate or "
                 "medusa_lr_multiplier, lengthen warmup_steps, or set max_grad_norm"
             )
         elif self.args.fp16:
-            cause = "all parameters are finite: activations overflow in fp16; train with bf16"
+            cause = "all weights look healthy: activations overflow in fp16; train with bf16"
         else:
             cause = (
-                "all parameters are finite: activations overflow; check the data of this step and the model's precision"
+                "all weights look healthy: activations overflow; check the data of this step and the model's precision"
             )
         raise SystemExit(
             f"axolotl-medusa: the loss is {loss.item()} at step {self.state.global_step + 1}; {cause}. Stopped before the step changed "

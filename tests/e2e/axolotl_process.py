@@ -25,7 +25,7 @@ PRELOAD = [
     "bitsandbytes",
     "torchao.optim",
 ]
-TIMEOUT_S = 400
+TIMEOUT_S = 150
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
