@@ -12,7 +12,6 @@ setup(
     description="An Axolotl plugin that trains Medusa decoding heads for any Hugging Face causal LM",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"axolotl_medusa": ["py.typed"]},
