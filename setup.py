@@ -21,7 +21,8 @@ setup(
         # Training needs axolotl; decoding and exporting work without it.
         "train": [AXOLOTL],
         "gpu": [AXOLOTL, "flash-attn", "deepspeed"],
-        "data": ["httpx", "tqdm"],
-        "dev": ["httpx", "mypy==2.4.1", "pytest>=8", "deepspeed", "ruff==0.17.6", "tqdm", "types-PyYAML"],
+        # generate.py needs the first three; the others read .json, .zst, parquet and named datasets.
+        "data": ["aiohttp", "jinja2", "tqdm", "ijson", "zstandard", "pyarrow", "datasets"],
+        "dev": ["mypy==2.4.1", "pytest>=8", "deepspeed", "ruff==0.17.6", "types-PyYAML"],
     },
 )

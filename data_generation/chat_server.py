@@ -1,12 +1,12 @@
-"""Ask an OpenAI-compatible server for chat completions: model name, whole answers, retries with backoff.
+"""One OpenAI-compatible server: which model it has, what it understands, and its whole answers.
 
-Knows nothing about files. The API key is never part of an error's text.
+Asks once for each call; server_pool.py decides about trying again. Knows nothing about files. The API key is never
+part of an error's text.
 """
 
-import asyncio
+import json
 import math
 import os
-import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from email.utils import parsedate_to_datetime
 from reprlib import repr as shorten
 from typing import Any
 
-import httpx
+import aiohttp
 
 RETRIED_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})
 BROKEN_OFF = frozenset({"abort", "content_filter", "error"})  # finish reasons of an answer that is not whole
-MAX_BACKOFF_S = 60.0
+CHAT, COMPLETIONS = "chat/completions", "completions"
 DEFAULT_API_KEY_ENV = "OPENAI_API_KEY"
 
 
@@ -30,26 +30,44 @@ class RowError(Exception):
     """A request that got no whole answer; the text is the reason that is recorded."""
 
 
-@dataclass(frozen=True)
+class PassingError(Exception):
+    """A failure that another try may mend.
+
+    Args:
+        reason: What happened.
+        retry_after_s: The wait that the server asks for, 0 if it does not.
+        unreachable: Whether the request did not even reach the server.
+    """
+
+    def __init__(self, reason: str, retry_after_s: float = 0.0, unreachable: bool = False) -> None:
+        """Keeps the arguments as attributes."""
+        super().__init__(reason)
+        self.retry_after_s, self.unreachable = retry_after_s, unreachable
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer of the server; token counts are 0 where the server does not report them."""
+    """One answer of a server.
+
+    Args:
+        text: What the model said.
+        finish_reason: "stop", "length" or what else the server calls it.
+        prompt_tokens: Length of the prompt, 0 if the server does not report it.
+        completion_tokens: Length of the answer, 0 if the server does not report it.
+        model: Name of the model that was asked.
+        reasoning: What the server reports apart from the text as the model's reasoning, "" if nothing.
+        prompt_ids: Token ids of the prompt, None if the server does not return them.
+        answer_ids: Token ids of the answer with its end-of-turn token, None if the server does not return them.
+    """
 
     text: str
     finish_reason: str | None
     prompt_tokens: int
     completion_tokens: int
-
-
-def retry_wait_s(attempt: int, backoff_s: float, retry_after: str | None) -> float:
-    """Returns the wait before another try: what the server asks for, plus exponential backoff with jitter.
-
-    Args:
-        attempt: Number of tries so far, less one.
-        backoff_s: Longest own wait after the first try; doubled after each further one, up to MAX_BACKOFF_S.
-        retry_after: The server's Retry-After header (seconds or an HTTP date), if it sent one.
-    """
-    own_s = min(backoff_s * 2.0**attempt, MAX_BACKOFF_S)
-    return asked_wait_s(retry_after) + random.uniform(own_s / 2, own_s)
+    model: str
+    reasoning: str = ""
+    prompt_ids: list[int] | None = None
+    answer_ids: list[int] | None = None
 
 
 def asked_wait_s(retry_after: str | None) -> float:
@@ -81,122 +99,131 @@ def read_api_key(variable: str) -> str:
 
 
 class ChatServer:
-    """One OpenAI-compatible server; use as `async with`."""
+    """One server of a pool."""
 
-    def __init__(
-        self,
-        url: str,
-        model: str | None,
-        api_key: str = "",
-        *,
-        max_connections: int = 32,
-        timeout_s: float = 600.0,
-        max_retries: int = 5,
-        backoff_s: float = 1.0,
-    ) -> None:
-        """Opens a client; connects to nothing yet.
+    def __init__(self, session: aiohttp.ClientSession, url: str, model: str | None, api_key: str = "") -> None:
+        """Connects to nothing yet.
 
         Args:
-            url: Base URL without a slash at its end, such as http://127.0.0.1:8000/v1.
+            session: Connections, shared by the pool.
+            url: Base URL, such as http://127.0.0.1:8000/v1.
             model: Name of the model to ask for; None for the only one that the server lists.
             api_key: Sent as a bearer token unless empty.
-            max_connections: Requests that may be in flight at a time.
-            timeout_s: Longest wait for one answer.
-            max_retries: Further tries after a failure that may pass.
-            backoff_s: See retry_wait_s.
         """
-        self.url, self.model, self.api_key = url, model or "", api_key
-        self.max_retries, self.backoff_s = max_retries, backoff_s
-        self.client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=timeout_s,
-            limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
-        )
+        self.session, self.url, self.api_key = session, url.rstrip("/"), api_key
+        self.wanted_model, self.model, self.model_root = model, model or "", ""
+        self.headers = {"Content-Type": "application/json"}
+        if api_key:
+            self.headers["Authorization"] = f"Bearer {api_key}"
+        self.extra_fields: dict[str, dict[str, Any]] = {CHAT: {}, COMPLETIONS: {}}
 
-    async def __aenter__(self) -> "ChatServer":
-        """Connects.
+    async def find_model(self) -> None:
+        """Checks that the server is there, and settles `model` and `model_root`.
 
         Raises:
-            ServerError: If the server is out of reach, refuses the key, or leaves open which model to ask.
+            PassingError: If the server is out of reach.
+            ServerError: If it refuses the key, or leaves open which model to ask.
         """
-        try:
-            await self.connect()
-        except BaseException:
-            await self.client.aclose()
-            raise
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Closes the connections."""
-        await self.client.aclose()
-
-    async def connect(self) -> None:
-        """Checks that the server is there and settles the model; raises ServerError."""
         url = f"{self.url}/models"
-        try:
-            response = await self.client.get(url)
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            raise ServerError(f"cannot reach {url} ({type(error).__name__}: {error}); is the server up?") from error
-        if self.model and response.status_code not in (401, 403):
+        status, raw, _ = await self.exchange("GET", url)
+        listed = 200 <= status < 300
+        if not listed and self.wanted_model and status not in (401, 403):
             return  # some servers list no models but answer
-        if not response.is_success:
+        if not listed:
             hint = "check the URL and the API key, and name the model with --model if the server lists none"
-            raise ServerError(f"{url}: found HTTP {response.status_code}, expected a list of models; {hint}")
+            raise ServerError(f"{url}: found HTTP {status}, expected a list of models; {hint}")
         try:
-            names = [str(entry["id"]) for entry in response.json()["data"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ServerError(f"{url}: found {self.quote(response)!r}, expected a list of models") from error
-        if len(names) != 1:
+            entries = {str(entry["id"]): str(entry.get("root") or "") for entry in json.loads(raw)["data"]}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if self.wanted_model:
+                return
+            raise ServerError(f"{url}: found {self.quote(raw)!r}, expected a list of models") from error
+        names = list(entries)
+        if not self.wanted_model and len(names) != 1:
             raise ServerError(f"{url}: found {len(names)} models {shorten(names)}, expected one; choose with --model")
-        self.model = names[0]
+        self.model = self.wanted_model or names[0]
+        self.model_root = entries.get(self.model, "")
 
-    async def answer(self, request: Mapping[str, Any]) -> Answer:
-        """Asks for one chat completion, again after failures that may pass.
+    async def understands(self, path: str, body: Mapping[str, Any], fields: Mapping[str, Any]) -> Answer | str:
+        """Asks for one token to see whether the server accepts a request with these further fields.
+
+        Returns:
+            The answer, or the reason for which there is none.
+        """
+        self.extra_fields[path] = dict(fields)
+        try:
+            return await self.ask(path, {**body, "max_tokens": 1}, may_be_empty=True)
+        except (RowError, PassingError) as error:
+            return str(error)
+
+    async def ask(self, path: str, body: Mapping[str, Any], *, may_be_empty: bool = False) -> Answer:
+        """Asks once for a chat completion or a completion.
 
         Args:
-            request: Body of the request without the model: messages and sampling settings.
+            path: CHAT or COMPLETIONS.
+            body: The request without the model.
+            may_be_empty: Whether an answer without text is an answer.
 
         Raises:
-            RowError: If no try gives a whole answer.
+            PassingError: If another try may give the answer.
+            RowError: If none will.
         """
-        body = {"model": self.model, **request}
-        reason, retry_after = "", None
-        for attempt in range(self.max_retries + 1):
-            if attempt:
-                await asyncio.sleep(retry_wait_s(attempt - 1, self.backoff_s, retry_after))
-            retry_after = None
-            try:
-                response = await self.client.post(f"{self.url}/chat/completions", json=body)
-            except httpx.RequestError as error:
-                reason = f"{type(error).__name__}: {error}"
-                continue
-            if response.is_success:
-                return self.parse_answer(response)
-            reason = f"HTTP {response.status_code}: {self.quote(response)}"
-            if response.status_code not in RETRIED_STATUSES:
-                raise RowError(reason)
-            retry_after = response.headers.get("retry-after")
-        raise RowError(f"{reason} (tries: {self.max_retries + 1})")
+        request = json.dumps({"model": self.model, **body, **self.extra_fields[path]}).encode()
+        status, raw, retry_after = await self.exchange("POST", f"{self.url}/{path}", request)
+        if 200 <= status < 300:
+            return self.parse_answer(raw, may_be_empty)
+        reason = f"HTTP {status}: {self.quote(raw)}"
+        if status in RETRIED_STATUSES:
+            raise PassingError(reason, asked_wait_s(retry_after))
+        raise RowError(reason)
 
-    def parse_answer(self, response: httpx.Response) -> Answer:
-        """Reads a chat completion, or raises RowError if it holds no whole answer."""
+    async def exchange(self, method: str, url: str, request: bytes | None = None) -> tuple[int, bytes, str | None]:
+        """Returns status, body and Retry-After header of one exchange, or raises PassingError."""
         try:
-            body = response.json()
+            async with self.session.request(
+                method, url, data=request, headers=self.headers, allow_redirects=False
+            ) as response:
+                return response.status, await response.read(), response.headers.get("Retry-After")
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
+            raise ServerError(f"found the URL {shorten(str(error))}, expected one like http://host:8000/v1") from error
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            unreachable = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+            raise PassingError(f"{type(error).__name__}: {error}".rstrip(": "), unreachable=unreachable) from error
+
+    def parse_answer(self, raw: bytes, may_be_empty: bool) -> Answer:
+        """Reads a response; raises RowError if it says that there is no whole answer, PassingError if it is none."""
+        try:
+            body = json.loads(raw)
             choice = body["choices"][0]
-            text, finish_reason = choice["message"].get("content"), choice.get("finish_reason")
+            message = choice["message"] if "message" in choice else {"content": choice["text"]}
+            text, finish_reason = message.get("content"), choice.get("finish_reason")
+            reasoning = message.get("reasoning") or message.get("reasoning_content") or ""
             usage = body.get("usage") or {}
-            tokens = [int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")]
-            f"{text}{finish_reason}".encode()  # half of a surrogate pair could not be written
+            prompt_tokens, completion_tokens = (
+                int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")
+            )
+            prompt_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
+            f"{text}{reasoning}{finish_reason}".encode()  # half of a surrogate pair could not be written
             if not isinstance(finish_reason, str | None):
                 raise TypeError("finish_reason is no string")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-            raise RowError(f"found {self.quote(response)!r}, expected a chat completion") from error
-        if not isinstance(text, str) or not text.strip():
-            raise RowError(f"found an empty answer (finish_reason {finish_reason!r}), expected text")
+            raise PassingError(f"found {self.quote(raw)!r}, expected a completion") from error
         if finish_reason in BROKEN_OFF:
             raise RowError(f"found the finish_reason {finish_reason!r}, expected a whole answer")
-        return Answer(text, finish_reason, *tokens)
+        if not may_be_empty and not (isinstance(text, str) and text.strip()):
+            raise RowError(f"found an empty answer (finish_reason {finish_reason!r}), expected text")
+        return Answer(
+            text or "",
+            finish_reason,
+            prompt_tokens,
+            completion_tokens,
+            self.model,
+            str(reasoning),
+            prompt_ids,
+            choice.get("token_ids"),
+        )
 
-    def quote(self, response: httpx.Response) -> str:
+    def quote(self, raw: bytes) -> str:
         """Returns the beginning of a response for a message, without the API key if the server echoes it."""
-        return (response.text.replace(self.api_key, "***") if self.api_key else response.text)[:300]
+        text = raw.decode(errors="replace")
+        return (text.replace(self.api_key, "***") if self.api_key else text)[:300]

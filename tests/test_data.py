@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from axolotl_medusa.data import dataset_problems
+from axolotl_medusa.data import dataset_problems, token_columns_only
 
 USER, ASSISTANT, SYSTEM = ({"role": role, "content": "text"} for role in ("user", "assistant", "system"))
 HUMAN, GPT = ({"from": role, "value": "text"} for role in ("human", "gpt"))
@@ -182,3 +182,12 @@ def test_dataset_problems_unicode_is_read_as_utf_8(tmp_path):
         json.dumps({"messages": [{"role": "assistant", "content": "naïve ☃"}]}, ensure_ascii=False).encode()
     )
     assert problems(path) == []
+
+
+def test_columns_that_are_not_tokens_are_dropped():
+    from datasets import Dataset
+
+    row = {"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [-100, 2], "position_ids": [0, 1], "length": 2}
+    dataset = Dataset.from_list([{**row, "id": "a", "messages": [{"role": "user", "content": "x"}], "count": 0}])
+    assert token_columns_only(dataset).to_list() == [row]
+    assert token_columns_only(None) is None

@@ -1,7 +1,7 @@
-"""Looks at training files before anything is loaded: is there an answer to learn from?
+"""Looks at training files before anything is loaded: is there an answer to learn from? And at what is then trained on.
 
 Contract: knows axolotl's `datasets` entries and plain local files; knows nothing about models. Axolotl masks and drops
-rows itself; this only turns "nothing left" into a line that names the file.
+rows itself; this only turns "nothing left" into a line that names the file, and drops columns that are not tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 _ASSISTANT_ROLES = ("assistant", "gpt")
 _JSON_SUFFIXES = (".json", ".jsonl")
+_TOKEN_COLUMNS = frozenset({"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "length"})
 
 
 def dataset_problems(cfg: Mapping[str, Any]) -> list[str]:
@@ -97,3 +98,13 @@ def _has_assistant_turn(row: Mapping[str, Any], entry: Mapping[str, Any]) -> boo
 
 def _has_label(row: Mapping[str, Any]) -> bool:
     return isinstance(row, Mapping) and any(label != -100 for label in row.get("labels") or [])
+
+
+def token_columns_only(dataset: Any) -> Any:
+    """Returns a prepared dataset without columns such as ids and texts.
+
+    Axolotl keeps all columns of rows that are already tokenised, and its collators for packed samples fail on them.
+    Whatever does not name its columns (None, a streamed dataset) is returned as it is.
+    """
+    extra = [name for name in getattr(dataset, "column_names", None) or () if name not in _TOKEN_COLUMNS]
+    return dataset.remove_columns(extra) if extra else dataset

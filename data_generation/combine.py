@@ -1,0 +1,241 @@
+"""Combine several files of conversations: merge, remove duplicates, sample, shuffle, with a count of each.
+
+Files are taken in the order given. Of identical conversations the first is kept; then each file's sample is drawn from
+what is left of it. An id that stands for another conversation already gets a suffix made from its conversation, so that
+ids stay unique. Sample and order depend on the conversations and the seed alone. README.md beside this file has the
+commands.
+"""
+
+import json
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from reprlib import repr as shorten
+
+from command_line import flag, parse_flags, speaker
+from conversation_rows import ConversationRow, dump_row, parse_conversation
+from file_command import check_paths, run_command, write_whole
+from prompt_files import InputError, id_key, parse_json
+from raw_rows import ARCHIVES
+
+say = speaker(__file__)
+SUFFIX_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command's flags."""
+
+    data_path: list[Path] = field(
+        metadata=flag("files of conversations, .jsonl", action="extend", nargs="+", type=Path, required=True)
+    )
+    output_path: Path = field(metadata=flag("the combined file", type=Path, required=True))
+    sample: list[str] = field(
+        metadata=flag(
+            "take only so many rows of a file: PATH=500 or PATH=25%%", [], action="extend", nargs="+", metavar="PATH=N"
+        )
+    )
+    shuffle: bool = field(metadata=flag("shuffle the rows", False, action="store_true"))
+    seed: int = field(metadata=flag("another seed gives another sample and order (default: 0)", 0, type=int))
+    keep_duplicates: bool = field(metadata=flag("keep identical conversations", False, action="store_true"))
+    common_keys: bool = field(metadata=flag("leave out keys that not all rows have", False, action="store_true"))
+    overwrite: bool = field(metadata=flag("replace an output that is there already", False, action="store_true"))
+
+
+@dataclass
+class Counts:
+    """What became of the rows of an input: rows = written + duplicates + sampled_out."""
+
+    path: str
+    rows: int = 0
+    written: int = 0
+    duplicates: int = 0
+    sampled_out: int = 0
+    new_ids: int = 0
+
+    def summary(self) -> str:
+        """Returns the counts in one line."""
+        parts = f"{self.written} written + {self.duplicates} duplicates + {self.sampled_out} sampled out"
+        return f"{self.path}: {self.rows} rows = {parts}; {self.new_ids} with a new id"
+
+
+def parse_samples(samples: Sequence[str], paths: Sequence[Path]) -> dict[Path, str]:
+    """Returns the share that is wanted of each file named in --sample; raises InputError."""
+    wanted: dict[Path, str] = {}
+    for sample in samples:
+        name, _, size = sample.rpartition("=")
+        path, amount = Path(name), size.removesuffix("%")
+        if path not in paths or path in wanted:
+            raise InputError(f"found --sample {sample}, expected PATH=N once for one of --data_path; correct PATH")
+        in_range = amount.isascii() and amount.isdigit() and int(amount) > 0 and ("%" not in size or int(amount) <= 100)
+        if not in_range:
+            raise InputError(f"found --sample {sample}, expected a number of rows or 1% to 100%; correct it")
+        wanted[path] = size
+    return wanted
+
+
+def sample_size(size: str, available: int) -> int:
+    """Returns how many of the rows at hand "500" or "25%" are."""
+    if size.endswith("%"):
+        return max(1, round(available * int(size[:-1]) / 100)) if available else 0
+    return min(int(size), available)
+
+
+class RowKinds:
+    """Sees to it that the rows of all inputs can be trained on together."""
+
+    def __init__(self, common_keys: bool) -> None:
+        """Starts with no rows; `common_keys`: rows may have different keys, and keep those that all have."""
+        self.common_keys = common_keys
+        self.first = ""
+        self.kind: tuple[str, bool] = ("", False)
+        self.keys: frozenset[str] = frozenset()
+        self.differ = False
+
+    def check(self, row: ConversationRow, where: str) -> None:
+        """Compares a row with those before it; raises InputError if it does not go with them."""
+        kind, keys = (row.layout, "input_ids" in row.record), row.record.keys()
+        if not self.first:
+            self.first, self.kind, self.keys = where, kind, frozenset(keys)
+        if kind != self.kind:
+            found, expected = (f"'{layout}' with{'' if ids else 'out'} token ids" for layout, ids in (kind, self.kind))
+            raise InputError(f"{where}: found {found}, expected {expected} as in {self.first}; make all in one layout")
+        if keys != self.keys:
+            odd = ", ".join(sorted(keys ^ self.keys))
+            if not self.common_keys:
+                advice = "add --common_keys to leave out what not all rows have"
+                raise InputError(f"{where}: found other keys ({odd}) than in {self.first}, expected the same; {advice}")
+            self.keys, self.differ = self.keys & keys, True
+
+
+class Plan:
+    """Which rows are written, in order. Of a row, only offset and hashes are kept: 0.33 GB for a million, shuffled."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Plans to write nothing yet."""
+        self.settings = settings
+        self.kinds = RowKinds(settings.common_keys)
+        self.sources, self.offsets, self.contents = array("I"), array("Q"), array("Q")
+        self.renamed = bytearray()
+        self.known_contents: set[int] = set()
+        self.known_ids: dict[int, int] = {}
+
+    def add_file(self, source: int, wanted: str | None) -> Counts:
+        """Reads an input and plans to write what is left after duplicates and sampling."""
+        path = self.settings.data_path[source]
+        counts = Counts(str(path))
+        offsets, contents, ids = array("Q"), array("Q"), array("Q")
+        seen: set[int] = set() if wanted else self.known_contents  # what a sample leaves out may come in a later file
+        for where, offset, line in read_lines(path):
+            row = parse_conversation(line, where)
+            self.kinds.check(row, where)
+            counts.rows += 1
+            if not self.settings.keep_duplicates:
+                if row.content in seen or row.content in self.known_contents:
+                    counts.duplicates += 1
+                    continue
+                seen.add(row.content)
+            offsets.append(offset)
+            contents.append(row.content)
+            ids.append(row.content if row.id is None else id_key(row.id))
+        kept = self.draw(contents, wanted)
+        for index in kept:
+            is_new = self.known_ids.setdefault(ids[index], contents[index]) == contents[index]
+            self.renamed.append(not is_new)
+            counts.new_ids += not is_new
+            self.sources.append(source)
+            self.offsets.append(offsets[index])
+            self.contents.append(contents[index])
+        if wanted and not self.settings.keep_duplicates:
+            self.known_contents.update(contents[index] for index in kept)
+        counts.written, counts.sampled_out = len(kept), len(contents) - len(kept)
+        if wanted and not wanted.endswith("%") and int(wanted) > len(kept):
+            say(f"warning: {path} has {len(kept)} rows to sample {wanted} from; all of them are taken")
+        return counts
+
+    def draw(self, contents: Sequence[int], wanted: str | None) -> Sequence[int]:
+        """Returns the numbers of the rows in a file's sample, in order."""
+        if wanted is None:
+            return range(len(contents))
+        lots = sorted(range(len(contents)), key=lambda index: id_key(f"{self.settings.seed}/draw/{contents[index]}"))
+        return sorted(lots[: sample_size(wanted, len(contents))])
+
+    def lines(self) -> Iterator[bytes]:
+        """Streams the planned lines, byte for byte where neither id nor keys change."""
+        order: Sequence[int] = range(len(self.offsets))
+        if self.settings.shuffle:
+            order = sorted(order, key=lambda index: id_key(f"{self.settings.seed}/order/{self.contents[index]}"))
+        with ExitStack() as stack:
+            files = [stack.enter_context(path.open("rb")) for path in self.settings.data_path]
+            for index in order:
+                file = files[self.sources[index]]
+                file.seek(self.offsets[index])
+                line = file.readline()
+                if self.renamed[index] or self.kinds.differ:
+                    line = self.changed(line, index)
+                yield line if line.endswith(b"\n") else line + b"\n"
+
+    def changed(self, line: bytes, index: int) -> bytes:
+        """Returns a line with a new id, if it needs one, and with the keys that all rows have."""
+        record = parse_json(line, "a row that was read before")
+        if self.renamed[index]:
+            record["id"] = f"{record['id']}-{f'{self.contents[index]:015x}'[:SUFFIX_DIGITS]}"
+        return dump_row({key: value for key, value in record.items() if key in self.kinds.keys})
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """Streams the lines that are not empty, each with its place for messages and its offset."""
+    if path.suffix.lower() in ARCHIVES:
+        raise InputError(
+            f"{path}: found a compressed file, expected one that can be read in any order; unpack it first"
+        )
+    with path.open("rb") as lines:
+        offset = 0
+        for count, line in enumerate(lines, 1):
+            if not line.isspace():
+                yield f"{path}:{count}", offset, line
+            offset += len(line)
+
+
+def combine(settings: Settings) -> int:
+    """Writes the combined file and its report; returns the exit code.
+
+    Raises:
+        InputError: If the flags, the files or a row cannot be used, rows do not go together, or none is left.
+    """
+    wanted = parse_samples(settings.sample, settings.data_path)
+    check_paths(settings.data_path, [settings.output_path], settings.overwrite)
+    plan = Plan(settings)
+    inputs = [plan.add_file(source, wanted.get(path)) for source, path in enumerate(settings.data_path)]
+    if not plan.offsets:
+        raise InputError(f"found no rows in {shorten([str(path) for path in settings.data_path])}, expected some")
+    write_whole(settings.output_path, plan.lines())
+    total = Counts(str(settings.output_path))
+    for counts in inputs:
+        for name in ("rows", "written", "duplicates", "sampled_out", "new_ids"):
+            setattr(total, name, getattr(total, name) + getattr(counts, name))
+    report = {
+        "inputs": [asdict(counts) for counts in inputs],
+        "total": asdict(total),
+        "sample": settings.sample,
+        "shuffle": settings.shuffle,
+        "seed": settings.seed,
+        "keys": sorted(plan.kinds.keys),
+    }
+    write_whole(Path(f"{settings.output_path}.report.json"), [json.dumps(report, indent=2).encode() + b"\n"])
+    for counts in (*inputs, total):
+        print(counts.summary())
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after an error."""
+    settings = parse_flags(Settings, __doc__, argv)
+    return run_command(lambda: combine(settings), say)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""Streams the raw rows of prompts files, compressed or not, and of Hugging Face datasets; memory stays flat.
+
+Knows nothing about what a row holds. Every error names the place, what was found and what was expected.
+"""
+
+import gzip
+import importlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from reprlib import repr as shorten
+from typing import Any, BinaryIO
+
+RawRow = tuple[str, Any]  # place for messages, what stands there
+
+FILE_KINDS = (".txt", ".jsonl", ".json")
+ARCHIVES = (".gz", ".zst")
+DATASET_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+SHARD_NAME = re.compile(r"(.+)-\d+-of-\d+")
+CHUNK_BYTES = 1 << 16
+BATCH_ROWS = 1000
+
+
+class InputError(ValueError):
+    """Files or flags that cannot be used; the user sees the text as it is."""
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Parses JSON, or raises InputError with its place."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: found {shorten(text)} ({error}), expected JSON") from error
+
+
+def optional_module(name: str, where: str) -> Any:
+    """Imports a library that only some inputs need, or raises InputError."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        library = name.partition(".")[0]
+        raise InputError(f"{where}: found no library '{library}' to read it with; `pip install {library}`") from error
+
+
+# ---- files ----
+
+
+class ZstdReader(io.RawIOBase):
+    """Reads all frames of a .zst file; EOFError if one is damaged or cut off, which zstandard's own reader passes over."""
+
+    def __init__(self, file: BinaryIO, where: str) -> None:
+        """Prepares to read an open file."""
+        self.file = file
+        self.zstandard = optional_module("zstandard", where)
+        self.frame: Any = None
+        self.packed = self.text = b""
+
+    def readable(self) -> bool:
+        """Says yes, to io.BufferedReader."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fills the buffer as far as the text at hand reaches; 0 at the end."""
+        while not self.text:
+            self.packed = self.packed or self.file.read(CHUNK_BYTES)
+            if not self.packed:
+                if self.frame:
+                    raise EOFError("it ends within a frame")
+                return 0
+            self.unpack()
+        view = memoryview(buffer).cast("B")
+        count = min(len(view), len(self.text))
+        view[:count], self.text = self.text[:count], self.text[count:]
+        return count
+
+    def unpack(self) -> None:
+        """Turns the packed bytes at hand into text, up to the end of the frame."""
+        if not self.frame:  # 2 GiB: whatever window `zstd --long` was told to use
+            self.frame = self.zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        try:
+            self.text = self.frame.decompress(self.packed)
+        except self.zstandard.ZstdError as error:
+            raise EOFError(str(error)) from error
+        self.packed = self.frame.unused_data if self.frame.eof else b""
+        if self.frame.eof:
+            self.frame = None
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
+    """Opens a file that may be compressed; InputError if the archive is damaged."""
+    try:
+        with path.open("rb") as file:
+            match path.suffix.lower():
+                case ".gz":
+                    yield io.BufferedReader(gzip.GzipFile(fileobj=file), CHUNK_BYTES)
+                case ".zst":
+                    yield io.BufferedReader(ZstdReader(file, str(path)), CHUNK_BYTES)
+                case _:
+                    yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: found a damaged archive ({error}), expected a whole one; fetch it again") from error
+
+
+def read_lines(path: Path, parse: Callable[[str, str], Any]) -> Iterator[RawRow]:
+    """Streams the lines that are not empty, each with its place and parsed."""
+    with open_bytes(path) as lines:
+        for count, raw in enumerate(lines, 1):
+            where = f"{path}:{count}"
+            try:
+                line = raw.decode().removeprefix("\ufeff").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{where}: found {shorten(raw)} ({error}), expected UTF-8") from error
+            if line and not line.isspace():
+                yield where, parse(line, where)
+
+
+def read_array(path: Path) -> Iterator[RawRow]:
+    """Streams the elements of a JSON list."""
+    ijson = optional_module("ijson", str(path))
+    with open_bytes(path) as text:
+        head = text.peek(1)[:1]
+        while head and head in b" \t\r\n\xef\xbb\xbf":  # white space, or the mark that some editors put first
+            text.read(1)
+            head = text.peek(1)[:1]
+        if head != b"[":
+            expected = "expected a list of rows (one object a line belongs in a .jsonl file)"
+            raise InputError(f"{path}: found {shorten(text.read(80).decode(errors='replace'))}, {expected}")
+        count = 0
+        try:
+            for count, record in enumerate(ijson.items(text, "item", use_float=True), 1):
+                yield f"{path}: row {count}", record
+        except ijson.JSONError as error:
+            cause = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
+            raise InputError(f"{path}: row {count + 1}: found {cause.splitlines()[0]}, expected JSON") from error
+
+
+# ---- datasets ----
+
+
+@contextmanager
+def explained(problem: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turns what a library raises into InputError; `errors` are those that are its own."""
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *errors)
+    try:
+        yield
+    except InputError:
+        raise
+    except failures as error:
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{problem} ({cause})") from error
+
+
+def pick_split(data_path: str, splits: dict[str, Any], split: str | None) -> Any:
+    """Returns the split that is asked for, or the only one."""
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if split not in splits:
+        found = "several splits and no --split" if split is None else f"no split '{split}'"
+        raise InputError(f"{data_path}: found {found}, expected --split to be one of {', '.join(splits)}")
+    return splits[split]
+
+
+def split_of(file: Path, root: Path) -> str:
+    """Returns the split that a parquet file belongs to, as datasets on the Hugging Face hub name their files."""
+    if shard := SHARD_NAME.match(file.stem):
+        return shard[1]
+    if file.stem in ("train", "validation", "test") or file.parent == root:
+        return file.stem if file.stem in ("validation", "test") else "train"
+    return file.parent.name
+
+
+def parquet_splits(path: Path) -> dict[str, list[Path]]:
+    """Returns the parquet files of each split, in order; `path` is one file or a directory."""
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
+        splits.setdefault(split_of(file, path if path.is_dir() else path.parent), []).append(file)
+    if not splits:
+        raise InputError(f"{path}: found a directory without .parquet files, expected some, or the name of a file")
+    return splits
+
+
+def read_parquet(data_path: str, split: str | None, wanted: tuple[str, ...]) -> Iterator[RawRow]:
+    """Streams the rows of a split of local parquet files; of their columns only the wanted ones, if there are any."""
+    parquet = optional_module("pyarrow.parquet", data_path)
+    for path in pick_split(data_path, parquet_splits(Path(data_path)), split):
+        with (
+            explained(f"{path}: found something that cannot be read as parquet"),
+            # Through a buffer: a group of rows can be as large as the file, and would be read as a whole.
+            parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file,
+        ):
+            columns = [name for name in file.schema_arrow.names if name in wanted] or None
+            batches = file.iter_batches(BATCH_ROWS, columns=columns)
+            for count, record in enumerate((record for batch in batches for record in batch.to_pylist()), 1):
+                yield f"{path}: row {count}", record
+
+
+def read_dataset(name: str, split: str | None, wanted: tuple[str, ...]) -> Iterator[RawRow]:
+    """Streams the rows of a split of a dataset on the hub; of its columns only the wanted ones, if there are any."""
+    datasets = optional_module("datasets", name)
+    problem = f"{name}: found neither such a file nor a dataset that can be loaded"
+    with explained(problem, datasets.exceptions.DatasetsError):
+        # Not streamed: fetched once, then mapped into memory on each pass.
+        rows = pick_split(name, dict(datasets.load_dataset(name)), split)
+    if columns := [column for column in rows.column_names if column in wanted]:
+        rows = rows.select_columns(columns)
+    batches = rows.iter(batch_size=BATCH_ROWS)
+    records = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+    for count, record in enumerate(records, 1):
+        yield f"{name}: row {count}", record
+
+
+def read_raw_rows(data_path: str, split: str | None, columns: tuple[str, ...]) -> Iterator[RawRow]:
+    """Streams the rows of a file or dataset; of a dataset only these columns.
+
+    Raises:
+        InputError: If there is no such file or dataset, or it cannot be read.
+    """
+    path = Path(data_path)
+    looks_like_dataset = DATASET_NAME.fullmatch(data_path) and not path.suffix[1:].isalpha()
+    if not data_path or not (path.exists() or looks_like_dataset):
+        raise InputError(f"{data_path}: found no such file, expected a prompts file or the name of a dataset")
+    if not path.exists():
+        return read_dataset(data_path, split, columns)
+    if path.is_dir() or path.suffix.lower() == ".parquet":
+        return read_parquet(data_path, split, columns)
+    if split is not None:
+        raise InputError(f"{data_path}: found the split '{split}' for a file without splits, expected no --split")
+    kind = (path.with_suffix("") if path.suffix.lower() in ARCHIVES else path).suffix.lower()
+    if kind not in FILE_KINDS:
+        expected = f"expected {', '.join(FILE_KINDS)}, each also with {' or '.join(ARCHIVES)}, or .parquet"
+        raise InputError(f"{data_path}: found the ending '{kind}', {expected}")
+    if kind == ".json":
+        return read_array(path)
+    return read_lines(path, parse_json if kind == ".jsonl" else lambda line, _: line)
