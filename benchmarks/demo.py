@@ -113,6 +113,27 @@ def fetch(url: str) -> str | None:
         return None
 
 
+def server_command(kind: str, port: int, heads: Path | None = None) -> list[str | Path]:
+    """The command that serves the model.
+
+    Args:
+        kind: `vllm` or `transformers`.
+        port: Where it listens.
+        heads: Canonical directory of heads that vLLM speculates with.
+    """
+    address: list[str | Path] = ["--host", "127.0.0.1", "--port", str(port)]
+    if kind == "transformers":
+        return [Path(sys.executable).with_name("transformers"), "serve", MODEL, *address]
+    command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, *address]
+    command += ["--served-model-name", str(MODEL), "--max-model-len", "2048"]
+    command += ["--dtype", "bfloat16" if half_precision() else "float32"]
+    if heads is not None:
+        tokens = json.loads((heads / "config.json").read_text(encoding="utf-8"))["medusa_num_heads"]
+        speculative = {"method": "medusa", "model": str(heads), "num_speculative_tokens": tokens}
+        command += ["--speculative-config", json.dumps(speculative)]
+    return command
+
+
 @contextmanager
 def server(kind: str, name: str, heads: Path | None = None) -> Iterator[str]:
     """Starts a server for the model and stops it afterwards.
@@ -126,33 +147,7 @@ def server(kind: str, name: str, heads: Path | None = None) -> Iterator[str]:
         The address, without `/v1`.
     """
     port = free_port()
-    command: list[str | Path]
-    if kind == "vllm":
-        command = [
-            VLLM_PYTHON,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            MODEL,
-            "--served-model-name",
-            str(MODEL),
-        ]
-        command += ["--dtype", "bfloat16" if half_precision() else "float32", "--max-model-len", "2048"]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
-        if heads is not None:
-            tokens = json.loads((heads / "config.json").read_text(encoding="utf-8"))["medusa_num_heads"]
-            speculative = {"method": "medusa", "model": str(heads), "num_speculative_tokens": tokens}
-            command += ["--speculative-config", json.dumps(speculative)]
-    else:
-        command = [
-            Path(sys.executable).with_name("transformers"),
-            "serve",
-            MODEL,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
+    command = server_command(kind, port, heads)
     log = WORK / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     address = f"http://127.0.0.1:{port}"
@@ -198,7 +193,8 @@ def wait_for_server(process: subprocess.Popen[bytes], address: str, log: Path) -
 
 def generate(address: str, kind: str, prompts: Path, limit: int, output: Path) -> dict[str, Any]:
     """Answers prompts greedily with `generate.py` and returns its report."""
-    output.unlink(missing_ok=True)
+    for old in output.parent.glob(f"{output.name}*"):  # with its report and the rows that failed or were skipped
+        old.unlink()
     command: list[str | Path] = [sys.executable, ROOT / "data_generation" / "generate.py", "--server", f"{address}/v1"]
     command += ["--model", str(MODEL), "--data_path", prompts, "--output_path", output, "--limit", str(limit), "--chat"]
     command += ["--temperature", "0", "--max_tokens", str(MAX_TOKENS[kind]), "--num_threads", str(CONCURRENCY[kind])]
@@ -221,6 +217,7 @@ def stage_server(_: argparse.Namespace) -> dict[str, Any]:
     except StageError as error:
         print(f"vLLM cannot be installed here ({error}).")
         print("Falling back to `transformers serve`: fewer prompts, and no server that speculates with the heads.")
+        print("Once vLLM can be installed: make demo FROM=server")
         return {"kind": "transformers"}
     return {"kind": "vllm"}
 
@@ -310,7 +307,7 @@ def stage_summary(_: argparse.Namespace) -> dict[str, Any]:
         print(f"{f'top-1 of head {number}, held-out':34}{train['before'][key]:12.3f}{train['after'][key]:12.3f}")
     key = "eval_medusa_acceptance_length"
     print(f"{'acceptance length, simulated':34}{train['before'][key]:12.3f}{train['after'][key]:12.3f}")
-    if serve:
+    if "acceptance_length" in serve:
         print(f"{'acceptance length, counted by vLLM':34}{'':12}{serve['acceptance_length']:12.3f}")
         shares = " ".join(f"{share:.3f}" for share in serve["acceptance_per_position"])
         print(f"{'drafts accepted up to head 0, 1, ..':34}{shares:>24}")
@@ -325,7 +322,7 @@ def stage_summary(_: argparse.Namespace) -> dict[str, Any]:
         "steps": train["steps"],
         "before": train["before"],
         "after": train["after"],
-        "served": {key: serve[key] for key in serve if key != "report"},
+        "served": {key: serve[key] for key in serve if key not in ("report", "seconds")},
         "tokens_per_s": {
             name: round(report["completion_tokens"] / report["wall_s"], 1)
             for name, report in (("plain", data["heldout"]), ("with_heads", serve.get("report")))

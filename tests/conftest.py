@@ -1,4 +1,4 @@
-"""Small random models made on the spot, and the environment that every test runs in."""
+"""Small random models, axolotl's validation of a YAML, and the environment that every test runs in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 os.environ.setdefault("WANDB_MODE", "disabled")
 
-from collections.abc import Callable
+import json
+import logging
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +71,10 @@ AXOLOTL_YAML = {
 }
 """A YAML that axolotl accepts; tests add the keys that they are about."""
 
+H100 = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
+TORCH = {"torch_version": "2.13.0"}
+"""What axolotl is told of the machine when it validates a YAML."""
+
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 
 
@@ -105,3 +114,79 @@ def randomize(module: nn.Module, seed: int = 7, std: float = 0.3) -> nn.Module:
 @pytest.fixture
 def model_factory() -> Callable[..., PreTrainedModel]:
     return make_model
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuses every connection of this process but those to the fork server of the end-to-end tests."""
+
+    def refuse(_socket: socket.socket, address: Any) -> None:
+        raise AssertionError(f"a connection to {address} was tried")
+
+    connect = socket.socket.connect
+
+    def only_local(own: socket.socket, address: Any) -> None:
+        (connect if own.family == socket.AF_UNIX else refuse)(own, address)
+
+    monkeypatch.setattr(socket.socket, "connect", only_local)
+
+
+class Warnings(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("axolotl."):
+            self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def axolotl_warnings() -> Iterator[list[str]]:
+    """What axolotl, without this plugin, warns of."""
+    handler = Warnings()
+    logger = logging.getLogger("axolotl")
+    logger.addHandler(handler)
+    yield handler.lines
+    logger.removeHandler(handler)
+
+
+@pytest.fixture
+def validated(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, Any]], Any]:
+    """Axolotl's own steps from a YAML to a config: plugins, then its validator, as on a machine with an H100."""
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    monkeypatch.setattr(PluginManager.get_instance(), "plugins", type(PluginManager.get_instance().plugins)())
+
+    def run(cfg: Mapping[str, Any]) -> Any:
+        own = DictDefault(json.loads(json.dumps(cfg)))
+        prepare_plugins(own)
+        return validate_config(own, capabilities=H100, env_capabilities=TORCH)
+
+    return run
+
+
+@pytest.fixture
+def with_local_paths(tmp_path: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Replaces the paths that an earlier step would have made: a downloaded model, the heads of stage 1."""
+
+    def replace(cfg: dict[str, Any]) -> dict[str, Any]:
+        if cfg["base_model"].startswith("."):
+            model = tmp_path / "model"
+            model.mkdir(exist_ok=True)
+            (model / "config.json").write_text("{}")
+            (model / "model.safetensors").touch()
+            cfg = {**cfg, "base_model": str(model)}
+        if cfg.get("medusa_init_from"):
+            heads = tmp_path / "stage1" / "medusa_heads"
+            heads.mkdir(parents=True, exist_ok=True)
+            config = {"medusa_num_heads": 5, "medusa_num_layers": 1, "original_lm_head": False}
+            (heads / "config.json").write_text(json.dumps(config))
+            (heads / "medusa_lm_head.safetensors").touch()
+            cfg = {**cfg, "medusa_init_from": str(heads.parent)}
+        return cfg
+
+    return replace

@@ -16,6 +16,7 @@ from axolotl_medusa.args import (
     MedusaArgs,
     config_problems,
     heads_directory,
+    parse_schedule,
     renamed_key_hints,
     unknown_key_problems,
 )
@@ -110,7 +111,38 @@ def test_config_problems_known_schedule_is_accepted(schedule):
     assert problems(medusa_scheduler=schedule) == []
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "sine_", "sine_0", "sine_1.5", "sine_-1", "Linear", ""])
+@pytest.mark.parametrize(
+    ("text", "shape", "ramp"),
+    [
+        ("constant", "constant", 1.0),
+        ("linear", "linear", 1.0),
+        ("sine", "sine", 1.0),
+        ("sine_1", "sine", 1.0),
+        ("sine_0.4", "sine", 0.4),
+        ("sine_.5", "sine", 0.5),
+    ],
+)
+def test_parse_schedule_takes_shape_and_ramp_apart(text, shape, ramp):
+    assert parse_schedule(text) == (shape, ramp)
+
+
+BAD_SCHEDULES = [
+    "cosine",
+    "sine_",
+    "sine_0",
+    "sine_0.0",
+    "sine_1.5",
+    "sine_-0.5",
+    "sine_-1",
+    "sine_x",
+    "Sine",
+    "Linear",
+    "linear_0.5",
+    "",
+]
+
+
+@pytest.mark.parametrize("schedule", BAD_SCHEDULES)
 def test_config_problems_unknown_schedule_is_an_error(schedule):
     (line,) = problems(medusa_scheduler=schedule)
     assert line.startswith(f"medusa_scheduler is {schedule!r}: expected constant, linear, sine, or sine_R")

@@ -15,17 +15,26 @@ import axolotl_medusa
 PACKAGE = Path(axolotl_medusa.__file__).parent
 EVERY = {
     "args",
+    "backbone",
     "checkpoint",
     "data",
     "evaluate",
     "export",
+    "formats",
     "generate",
     "heads",
+    "import_heads",
+    "lora",
     "loss",
+    "model_card",
     "objective",
     "plugin",
+    "push",
+    "sources",
+    "tensor_files",
     "trainer",
     "tree",
+    "verify_export",
 }
 MAY_IMPORT = {
     "__init__": {"plugin"},
@@ -36,14 +45,24 @@ MAY_IMPORT = {
     "tree": set(),
     "objective": {"heads", "loss"},
     "checkpoint": {"heads"},
-    "trainer": {"checkpoint", "heads", "loss", "objective"},
+    "trainer": {"args", "checkpoint", "data", "heads", "loss", "objective"},
     "plugin": {"args", "checkpoint", "data", "heads", "objective", "trainer"},
-    "export": {"checkpoint"},
+    "tensor_files": set(),
+    "formats": set(),
+    "sources": {"checkpoint", "heads", "tensor_files"},
+    "lora": {"sources", "tensor_files"},
+    "backbone": {"lora", "sources", "tensor_files"},
+    "import_heads": {"backbone", "checkpoint", "formats", "heads", "sources", "tensor_files"},
+    "model_card": set(),
+    "verify_export": {"heads"},
+    "export": {"backbone", "checkpoint", "formats", "model_card", "sources", "tensor_files", "verify_export"},
+    "push": set(),
     "generate": {"heads", "tree"},
     "evaluate": {"checkpoint", "generate", "tree"},
     "cli": EVERY,
+    "__main__": {"cli"},
 }
-"""What each module may import of ours, inside functions too. Nothing may import `cli`."""
+"""What each module may import of ours, inside functions too. Nothing but `__main__` may import `cli`."""
 
 USES_AXOLOTL = {"plugin", "trainer"}
 LAZY = {"__init__", "cli"}
@@ -52,7 +71,7 @@ LAZY = {"__init__", "cli"}
 INSTALLED = {"pydantic", "safetensors", "torch", "transformers"}
 """What `install_requires` brings; anything else must be imported where it is used."""
 
-STAYS_LIGHT = {"args", "data", "tree"}
+STAYS_LIGHT = {"args", "data", "formats", "model_card", "push", "tree"}
 """Modules that import neither torch nor transformers when they are imported."""
 
 
@@ -86,7 +105,7 @@ def ours(module: str, **options: bool) -> set[str]:
 
 
 def test_every_module_has_its_place_in_the_layout():
-    assert set(MODULES) - {"__main__"} <= set(MAY_IMPORT)
+    assert set(MODULES) <= set(MAY_IMPORT)
     assert {"args", "plugin", "heads", "loss", "objective", "trainer", "checkpoint", "data"} <= set(MODULES)
 
 

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -52,6 +52,18 @@ RENAMED_BY_AXOLOTL = {
 }
 """Keys of the first Medusa fork of axolotl, and of the axolotl it was made from, with what to write today: axolotl 0.19
 refuses, has renamed, sets by itself or ignores them."""
+
+
+class Schedule(NamedTuple):
+    """A `medusa_scheduler` taken apart.
+
+    Attributes:
+        shape: `constant`, `linear` or `sine`.
+        ramp: Fraction R of the training after which a sine has reached 1, in (0, 1].
+    """
+
+    shape: str
+    ramp: float
 
 
 class MedusaArgs(BaseModel):
@@ -194,7 +206,8 @@ def renamed_key_hints(cfg: Mapping[str, Any]) -> list[str]:
             hints.append(
                 f"datasets type sharegpt ({dataset.get('path')}): use `type: chat_template`, "
                 "`field_messages: conversations`, `message_property_mappings: {role: from, content: value}` "
-                "instead of type and conversation"
+                "instead of type and conversation; where the tokenizer has no chat template, also `chat_template: jinja` and "
+                "`chat_template_jinja: FILE` (Vicuna's: examples/medusa/vicuna.jinja)"
             )
     if cfg.get("fsdp"):
         hints.append("fsdp: use fsdp_version: 2, and fsdp_config with its keys' names without `fsdp_`")
@@ -234,6 +247,23 @@ def config_problems(cfg: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def parse_schedule(text: str) -> Schedule:
+    """Takes a `medusa_scheduler` apart: the one place that knows how it is written.
+
+    Raises:
+        ValueError: It is none; the message says what was expected.
+    """
+    match = re.fullmatch(r"(constant|linear|sine)|sine_(\d*\.?\d+)", text)
+    if match and match.group(1):
+        return Schedule(match.group(1), 1.0)
+    if match and 0.0 < float(match.group(2)) <= 1.0:
+        return Schedule("sine", float(match.group(2)))
+    raise ValueError(
+        f"medusa_scheduler is {text!r}: expected constant, linear, sine, or sine_R with 0 < R <= 1 "
+        "(sine_0.5 reaches the full coefficient after half of the training)"
+    )
+
+
 def heads_directory(path: str | Path) -> Path:
     """The canonical directory at `path`, which is one itself or an output_dir that holds one as `medusa_heads`."""
     path = Path(path).expanduser()
@@ -249,13 +279,11 @@ def _bound_problem(details: Any) -> str:
 
 
 def _schedule_problems(args: MedusaArgs) -> list[str]:
-    match = re.fullmatch(r"constant|linear|sine(?:_(\d*\.?\d+))?", args.medusa_scheduler)
-    if match and (match.group(1) is None or 0.0 < float(match.group(1)) <= 1.0):
-        return []
-    return [
-        f"medusa_scheduler is {args.medusa_scheduler!r}: expected constant, linear, sine, or sine_R with 0 < R <= 1 "
-        "(sine_0.5 reaches the full coefficient after half of the training)"
-    ]
+    try:
+        parse_schedule(args.medusa_scheduler)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _recipe_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:

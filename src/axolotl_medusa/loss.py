@@ -7,7 +7,6 @@ of head i predicts `labels[t + 2 + i]`, i from 0. Nothing here holds logits of m
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -72,30 +71,27 @@ def target_counts(labels: Tensor, num_heads: int, position_ids: Tensor | None = 
     return (targets != IGNORE_INDEX).sum(dim=(0, 1))
 
 
-def scheduler_factor(schedule: str, progress: float) -> float:
+def scheduler_factor(shape: str, ramp: float, progress: float) -> float:
     """Factor on the heads' coefficient at a fraction of the training.
 
-    `constant`: 1. `linear`: progress. `sine`: sin(π/2 · progress). `sine_R`: sin(π/2 · progress / R) up to the fraction
-    R, then 1 (schedules of the first public Medusa trainer).
+    `constant`: 1. `linear`: progress. `sine`: sin(π/2 · progress / ramp) up to the fraction `ramp`, then 1 (schedules of
+    the first public Medusa trainer).
 
     Args:
-        schedule: Name of the schedule.
+        shape: Shape of the schedule.
+        ramp: Fraction of the optimizer steps over which a sine rises, in (0, 1].
         progress: Fraction of the optimizer steps done, in [0, 1].
 
     Raises:
-        ValueError: The schedule is not known.
+        ValueError: The shape is not known.
     """
-    if schedule == "constant":
+    if shape == "constant":
         return 1.0
-    if schedule == "linear":
+    if shape == "linear":
         return progress
-    match = re.fullmatch(r"sine(?:_(\d*\.?\d+))?", schedule)
-    ramp = float(match.group(1) or 1.0) if match else 0.0
-    if not 0.0 < ramp <= 1.0:
-        raise ValueError(
-            f"medusa_scheduler is {schedule!r}, expected constant, linear, sine, or sine_R with 0 < R <= 1"
-        )
-    return math.sin(math.pi / 2 * min(1.0, progress / ramp))
+    if shape == "sine":
+        return math.sin(math.pi / 2 * min(1.0, progress / ramp))
+    raise ValueError(f"the schedule's shape is {shape!r}: expected constant, linear or sine")
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,9 @@ from axolotl_medusa.checkpoint import load_into, output_layer_weight, read_heads
 from axolotl_medusa.data import dataset_problems
 from axolotl_medusa.heads import MedusaHeads, attach_heads, embedding_shape, output_embedding
 from axolotl_medusa.objective import install_objective
-from axolotl_medusa.trainer import MedusaTrainer, heads_dtype, objective_of
+from axolotl_medusa.trainer import MedusaTrainer, heads_dtype, objective_of, stop
 
 LOG = get_logger(__name__)
-
-
-def stop(message: str) -> SystemExit:
-    """An exit with status 1 and one line, without the traceback that a user's mistake does not need."""
-    return SystemExit(f"axolotl-medusa: {message}")
 
 
 class MedusaPlugin(BasePlugin):  # type: ignore[misc]

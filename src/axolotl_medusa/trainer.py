@@ -19,6 +19,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 
+from axolotl_medusa.args import parse_schedule
 from axolotl_medusa.checkpoint import (
     HeadsFile,
     heads_config,
@@ -29,6 +30,7 @@ from axolotl_medusa.checkpoint import (
     without_heads,
     write_heads,
 )
+from axolotl_medusa.data import token_columns_only
 from axolotl_medusa.heads import HEADS_NAME, attached_heads, backbone, causal_lm, decoder_layers
 from axolotl_medusa.loss import scheduler_factor, target_counts
 from axolotl_medusa.objective import Objective, metric_names
@@ -39,6 +41,11 @@ HEADS_FOLDER = "medusa_heads"
 
 _LARGEST_WEIGHT = 1e4
 """Weights of working models stay far below; NaN is not below either. Only used to name the cause of a NaN loss."""
+
+
+def stop(message: str) -> SystemExit:
+    """An exit with status 1 and one line, without the traceback that a user's mistake does not need."""
+    return SystemExit(f"axolotl-medusa: {message}")
 
 
 def objective_of(cfg: DictDefault) -> Objective:
@@ -209,10 +216,13 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         self.medusa_cfg = cfg
         self.medusa_objective = objective_of(cfg)
         self.medusa_num_heads = attached_heads(self.model).num_heads
+        for name in ("train_dataset", "eval_dataset"):
+            setattr(self, name, token_columns_only(getattr(self, name)))
         # The objective divides by the counts of the whole step, over all ranks; the Trainer multiplies by their number.
         self.model_accepts_loss_kwargs = self.args.average_tokens_across_devices = True
         self._medusa_names = metric_names(self.medusa_num_heads, self.medusa_objective)
-        self._medusa_factor = scheduler_factor(cfg.medusa_scheduler, 0.0)
+        self._medusa_schedule = parse_schedule(cfg.medusa_scheduler)
+        self._medusa_factor = scheduler_factor(*self._medusa_schedule, progress=0.0)
         self._medusa_sums: dict[str, Tensor | None] = {"train": None, "eval": None}
         set_trainable(self.model, cfg)
         counts = check_trainable(self.model, cfg)
@@ -251,7 +261,7 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         coefficient = self.medusa_cfg.medusa_heads_coefficient
         if model.training:
             progress = self.state.global_step / max(1, self.state.max_steps)
-            self._medusa_factor = scheduler_factor(self.medusa_cfg.medusa_scheduler, progress)
+            self._medusa_factor = scheduler_factor(*self._medusa_schedule, progress)
             coefficient *= self._medusa_factor
         else:
             num_items_in_batch = None
@@ -281,9 +291,9 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
             cause = (
                 "all weights look healthy: activations overflow; check the data of this step and the model's precision"
             )
-        raise SystemExit(
-            f"axolotl-medusa: the loss is {loss.item()} at step {self.state.global_step + 1}; {cause}. Stopped before the step changed "
-            f"anything; checkpoints in {self.args.output_dir} are untouched."
+        raise stop(
+            f"the loss is {loss.item()} at step {self.state.global_step + 1}; {cause}. Stopped before the step changed anything; "
+            f"checkpoints in {self.args.output_dir} are untouched."
         )
 
     def _add_metrics(self, split: str, sums: Tensor) -> None:
