@@ -14,17 +14,15 @@ import os
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from model_server import ENVIRONMENT, VLLM_PYTHON, ServerStartError, half_precision, server, spec_decode_counters
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".demo"
@@ -33,7 +31,6 @@ DATA = WORK / "data"
 OUT = WORK / "medusa-1"
 HEADS = OUT / "medusa_heads"
 EXAMPLE = ROOT / "examples" / "medusa" / "smollm2.yml"
-VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 STAGES = ("model", "server", "generate", "train", "serve", "summary")
 
 TRAIN_PROMPTS = {"vllm": 360, "transformers": 24}
@@ -41,14 +38,6 @@ HELDOUT_PROMPTS = {"vllm": 40, "transformers": 8}
 """`transformers serve` is 10 to 20 times slower on a CPU, so it gets fewer prompts."""
 MAX_TOKENS = {"vllm": 320, "transformers": 160}
 CONCURRENCY = {"vllm": 64, "transformers": 4}
-START_TIMEOUT_S = 600
-ENVIRONMENT = {
-    "AXOLOTL_DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 class StageError(Exception):
@@ -89,108 +78,6 @@ def run(command: list[str | Path], log: Path, **environment: str) -> None:
             )
 
 
-def half_precision() -> bool:
-    """Whether this CPU computes in bf16 (AVX512-BF16 or AMX): elsewhere bf16 is slower than fp32."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def free_port() -> int:
-    """A port on 127.0.0.1 that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def fetch(url: str) -> str | None:
-    """The body of a page on this machine, None while nothing answers."""
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            body: bytes = answer.read()
-            return body.decode()
-    except (urllib.error.URLError, OSError):
-        return None
-
-
-def server_command(kind: str, port: int, heads: Path | None = None) -> list[str | Path]:
-    """The command that serves the model.
-
-    Args:
-        kind: `vllm` or `transformers`.
-        port: Where it listens.
-        heads: Canonical directory of heads that vLLM speculates with.
-    """
-    address: list[str | Path] = ["--host", "127.0.0.1", "--port", str(port)]
-    if kind == "transformers":
-        return [Path(sys.executable).with_name("transformers"), "serve", MODEL, *address]
-    command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, *address]
-    command += ["--served-model-name", str(MODEL), "--max-model-len", "2048"]
-    command += ["--dtype", "bfloat16" if half_precision() else "float32"]
-    if heads is not None:
-        tokens = json.loads((heads / "config.json").read_text(encoding="utf-8"))["medusa_num_heads"]
-        speculative = {"method": "medusa", "model": str(heads), "num_speculative_tokens": tokens}
-        command += ["--speculative-config", json.dumps(speculative)]
-    return command
-
-
-@contextmanager
-def server(kind: str, name: str, heads: Path | None = None) -> Iterator[str]:
-    """Starts a server for the model and stops it afterwards.
-
-    Args:
-        kind: `vllm` or `transformers`.
-        name: Name of the log file.
-        heads: Canonical directory of heads that vLLM speculates with.
-
-    Yields:
-        The address, without `/v1`.
-    """
-    port = free_port()
-    command = server_command(kind, port, heads)
-    log = WORK / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    address = f"http://127.0.0.1:{port}"
-    print(f"starting {kind} at {address} (log: {log.relative_to(ROOT)})", flush=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            wait_for_server(process, address, log)
-            yield address
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def wait_for_server(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    """Waits until the server answers.
-
-    Raises:
-        StageError: It ended, or did not answer in time.
-    """
-    started = time.monotonic()
-    while fetch(f"{address}/health") is None:
-        seconds = time.monotonic() - started
-        if process.poll() is not None:
-            tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-            raise StageError(f"the server ended with status {process.returncode}: {' | '.join(tail)}")
-        if seconds > START_TIMEOUT_S:
-            raise StageError(f"the server did not answer within {START_TIMEOUT_S} s; see {log}")
-        print(f"\r  waiting for the server ... {seconds:.0f} s", end="", flush=True)
-        time.sleep(1)
-    print(f"\r  the server answered after {time.monotonic() - started:.0f} s")
-
-
 def generate(address: str, kind: str, prompts: Path, limit: int, output: Path) -> dict[str, Any]:
     """Answers prompts greedily with `generate.py` and returns its report."""
     for old in output.parent.glob(f"{output.name}*"):  # with its report and the rows that failed or were skipped
@@ -227,7 +114,7 @@ def stage_generate(args: argparse.Namespace) -> dict[str, Any]:
     kind = result("server")["kind"]
     DATA.mkdir(parents=True, exist_ok=True)
     prompts = ROOT / "data_generation"
-    with server(kind, "server-generate") as address:
+    with server(kind, MODEL, WORK / "logs" / "server-generate.log") as address:
         limit = args.prompts or TRAIN_PROMPTS[kind]
         train = generate(address, kind, prompts / "prompts.jsonl", limit, DATA / "train.jsonl")
         heldout = generate(
@@ -252,23 +139,12 @@ def stage_train(_: argparse.Namespace) -> dict[str, Any]:
     return {"before": evaluations[0], "after": evaluations[-1], "steps": history[-1]["step"]}
 
 
-def spec_decode_counters(address: str) -> dict[str, float]:
-    """VLLM's own counters of drafts and accepted tokens, by position."""
-    counters: dict[str, float] = {}
-    for line in (fetch(f"{address}/metrics") or "").splitlines():
-        found = re.match(r"vllm:spec_decode_num_(\w+?)_total\{([^}]*)\} (\S+)", line)
-        if found:
-            position = re.search(r'position="(\d+)"', found.group(2))
-            counters[found.group(1) + (f"_{position.group(1)}" if position else "")] = float(found.group(3))
-    return counters
-
-
 def stage_serve(_: argparse.Namespace) -> dict[str, Any]:
     """Serves the same model with the heads and reads the acceptance length that vLLM counts."""
     if result("server")["kind"] != "vllm":
         print("Skipped: `transformers serve` does not know Medusa heads.")
         return {}
-    with server("vllm", "server-heads", HEADS) as address:
+    with server("vllm", MODEL, WORK / "logs" / "server-heads.log", HEADS) as address:
         report = generate(
             address,
             "vllm",
@@ -365,7 +241,7 @@ def main() -> int:
         started = time.monotonic()
         try:
             measured = RUN[stage](args)
-        except (StageError, KeyboardInterrupt) as error:
+        except (StageError, ServerStartError, KeyboardInterrupt) as error:
             print(f"\nStage {stage} failed: {error or 'interrupted'}", file=sys.stderr)
             print(f"To run it again: make demo FROM={stage}", file=sys.stderr)
             return 1

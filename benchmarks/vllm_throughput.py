@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from demo import ENVIRONMENT, MODEL, ROOT, VLLM_PYTHON, half_precision, server
+from demo import MODEL, WORK
+from model_server import ENVIRONMENT, ROOT, VLLM_PYTHON, half_precision, server
 
 COMMAND = ROOT / "data_generation" / "generate.py"
 PROMPTS = ROOT / "data_generation" / "prompts.jsonl"
@@ -88,7 +89,7 @@ def generate(address: str, prompts: Path, limit: int, max_tokens: int, output: P
 
 def measure_server(args: argparse.Namespace, directory: Path, repeat: int) -> dict[str, float]:
     """Starts a server and lets generate.py answer the prompts."""
-    with server("vllm", "server-throughput") as address:
+    with server("vllm", MODEL, WORK / "logs" / "server-throughput.log") as address:
         generate(address, WARM_UP_PROMPTS, WARM_UP, args.max_tokens, directory / f"warm-up{repeat}.jsonl")
         report = generate(address, PROMPTS, args.prompts, args.max_tokens, directory / f"answers{repeat}.jsonl")
     tokens = report["completion_tokens"]

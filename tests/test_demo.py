@@ -46,17 +46,6 @@ def test_stage_server_falls_back_where_vllm_is_not_installed_or_does_not_start(f
     assert (f"{fails} ended with status 2" in said and "make demo FROM=server" in said) is (kind == "transformers")
 
 
-def test_server_command_speculates_with_the_heads_in_vllm_only(tmp_path):
-    (tmp_path / "config.json").write_text('{"medusa_num_heads": 3}')
-    command = demo.server_command("vllm", 1234, tmp_path)
-    speculative = json.loads(command[command.index("--speculative-config") + 1])
-    assert speculative == {"method": "medusa", "model": str(tmp_path), "num_speculative_tokens": 3}
-    assert "--speculative-config" not in demo.server_command("vllm", 1234)
-    command = demo.server_command("transformers", 1234)
-    assert command[:3] == [Path(sys.executable).with_name("transformers"), "serve", demo.MODEL]
-    assert command[command.index("--port") + 1] == "1234"
-
-
 @pytest.mark.parametrize(("prompts", "train"), [(None, {"vllm": 360, "transformers": 24}), (7, {})])
 def test_stage_generate_takes_fewer_prompts_after_the_fallback(prompts, train, monkeypatch):
     limits = []
@@ -65,7 +54,7 @@ def test_stage_generate_takes_fewer_prompts_after_the_fallback(prompts, train, m
         limits.append((kind, output.name, limit))
         return REPORT
 
-    monkeypatch.setattr(demo, "server", lambda kind, name: contextlib.nullcontext("http://127.0.0.1:1"))
+    monkeypatch.setattr(demo, "server", lambda kind, model, log: contextlib.nullcontext("http://127.0.0.1:1"))
     monkeypatch.setattr(demo, "generate", generate)
     for kind, heldout in (("vllm", 40), ("transformers", 8)):
         finish("server", kind=kind)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import demo
+import model_server
 import pytest
 from killed_runs import KilledRun, Moment
 from smollm2 import DONE_FILE, unpack
@@ -49,21 +50,21 @@ def sampling_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def transformers_serve(sampling_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = demo.free_port()
+    port = model_server.free_port()
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(sampling_model), "--port", str(port)]
     log = tmp_path_factory.mktemp("server") / "log"
-    environment = {**os.environ, **demo.ENVIRONMENT}
+    environment = {**os.environ, **model_server.ENVIRONMENT}
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
         try:
-            demo.wait_for_server(process, f"http://localhost:{port}", log)
+            model_server.wait_for_server(process, f"http://localhost:{port}", log)
             yield f"http://localhost:{port}/v1"
         finally:
             process.kill()
 
 
 @pytest.fixture(scope="module")
-def vllm(model: Path) -> Iterator[str]:
-    with demo.server("vllm", "test-vllm") as address:
+def vllm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with model_server.server("vllm", model, tmp_path_factory.mktemp("server") / "log") as address:
         yield f"{address}/v1"
 
 
