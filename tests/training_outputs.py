@@ -1,0 +1,93 @@
+"""Output directories as training leaves them, made with transformers and peft directly: no axolotl, no training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import HIDDEN, VOCAB, randomize
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from axolotl_medusa.checkpoint import heads_config, heads_file, heads_meta, without_heads, write_heads
+from axolotl_medusa.heads import HeadForm, MedusaHeads, attach_heads
+
+EVAL_METRICS = {"eval_medusa0_top1": 0.62, "eval_medusa1_top1": 0.41, "eval_medusa_acceptance_length": 1.87}
+
+
+def save_base(directory: Path, model: PreTrainedModel, **options: Any) -> Path:
+    """A base model as it comes from the Hub; `max_shard_size` splits it."""
+    model.save_pretrained(directory, **options)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
+    (directory / "tokenizer_config.json").write_text('{"model_max_length": 64}')
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def as_if_trained(model: nn.Module) -> None:
+    """Moves every trainable parameter: saved modules and token rows start as plain copies, LoRA's B at zero."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
+def write_run(
+    directory: Path,
+    model: PreTrainedModel | PeftModel,
+    recipe: str,
+    base: Path | str,
+    form: HeadForm = "shared",
+    num_heads: int = 3,
+    num_layers: int = 1,
+    yaml: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes an output_dir with a checkpoint as training does: heads, and for Medusa-2 what the backbone became.
+
+    Args:
+        directory: Where.
+        model: The trained backbone, under peft for LoRA; heads are attached to it here.
+        recipe: `medusa-1` or `medusa-2`.
+        base: What the YAML calls base_model.
+        form: Of the heads.
+        num_heads: Number of heads.
+        num_layers: Residual blocks per head.
+        yaml: Further keys of the YAML.
+
+    Returns:
+        `directory`.
+    """
+    rows = model.get_output_embeddings().weight.shape[0]
+    assert model.config.get_text_config().hidden_size == HIDDEN and rows >= VOCAB
+    attach_heads(model, randomize(MedusaHeads(HIDDEN, rows, num_heads, num_layers, form), std=0.2))
+    heads = heads_file(
+        model,
+        heads_config(_attached(model), str(base)),
+        heads_meta(model, recipe, {"base_model": str(base), "datasets": [{"path": "org/data"}], **(yaml or {})}),
+    )
+    checkpoint = directory / "checkpoint-4"
+    for folder in (directory, checkpoint):
+        folder.mkdir(parents=True, exist_ok=True)
+        if recipe == "medusa-2":
+            model.save_pretrained(folder, state_dict=without_heads(model.state_dict()))
+        save_tokenizer(folder)
+        write_heads(folder / "medusa_heads", heads)
+        save_tokenizer(folder / "medusa_heads")
+    model.config.save_pretrained(directory)
+    history = [{"loss": 3.0, "step": 2}, {**EVAL_METRICS, "eval_loss": 2.5, "step": 4}]
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 4}))
+    return directory
+
+
+def _attached(model: PreTrainedModel | PeftModel) -> MedusaHeads:
+    lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    return lm.medusa_heads
