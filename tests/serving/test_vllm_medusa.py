@@ -29,7 +29,7 @@ pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ROOT / "data_generation" / "prompts.jsonl"
-NUM_PROMPTS = 48
+NUM_PROMPTS = 32
 ANSWER_TOKENS = 96
 NUM_HEADS = 3
 STEPS = 30
@@ -40,9 +40,9 @@ vLLM's counting of drafts past an answer's end (at most NUM_HEADS of the drafts 
 
 RECIPES: dict[str, dict[str, Any]] = {
     "medusa-1-shared": {"medusa_lm_head": "shared"},
-    "medusa-1-separate": {"medusa_lm_head": "separate", "learning_rate": 5e-4},
+    "medusa-1-separate": {"medusa_lm_head": "separate"},
     "medusa-2-shared": {"medusa_lm_head": "shared", "learning_rate": 5e-4},
-    "medusa-2-separate": {"medusa_lm_head": "separate", "learning_rate": 2e-4},
+    "medusa-2-separate": {"medusa_lm_head": "separate", "learning_rate": 5e-4},
 }
 LORA = {
     "medusa_only_heads": False,
