@@ -24,6 +24,9 @@ setup(
         "gpu": [AXOLOTL, "flash-attn", "deepspeed"],
         # generate.py needs the first three; the others read .json, .zst, parquet and named datasets.
         "data": ["aiohttp", "jinja2", "tqdm", "ijson", "zstandard", "pyarrow", "datasets"],
-        "dev": ["mypy==2.4.1", "pytest>=8", "deepspeed", "ruff==0.17.6", "types-PyYAML"],
+        # `axolotl-medusa evaluate --plots` and models in 8-bit or 4-bit.
+        "plots": ["matplotlib"],
+        "quantized": ["bitsandbytes"],
+        "dev": ["mypy==2.4.1", "pytest>=8", "deepspeed", "matplotlib", "ruff==0.17.6", "types-PyYAML"],
     },
 )

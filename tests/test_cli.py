@@ -19,6 +19,10 @@ USAGE = {
     "export": ["out", "--to", "vllm", "--out", "dir"],
     "import": ["dir", "--to", "canonical", "--out", "other"],
     "push": ["dir", "--repo", "me/heads"],
+    "evaluate": ["heads", "--prompts", "prompts.jsonl"],
+    "tree": ["heads", "--calibration", "prompts.jsonl", "--out", "tree.json"],
+    "generate": ["heads", "--prompt", "Hello"],
+    "chat": ["heads"],
 }
 
 

@@ -17,7 +17,11 @@ EVERY = {
     "acceptance",
     "args",
     "backbone",
+    "calibration",
+    "chat",
+    "chat_prompts",
     "checkpoint",
+    "cli_decoding",
     "data",
     "decoding",
     "evaluate",
@@ -26,19 +30,25 @@ EVERY = {
     "generate",
     "heads",
     "import_heads",
+    "load_decoder",
     "load_target",
     "lora",
     "loss",
     "model_card",
     "objective",
+    "plain_decoding",
+    "plots",
     "plugin",
     "push",
+    "quality",
     "sources",
+    "step_times",
     "tensor_files",
     "trainer",
     "tree",
     "tree_attention",
     "tree_search",
+    "tree_tuning",
     "verify_export",
 }
 MAY_IMPORT = {
@@ -68,7 +78,17 @@ MAY_IMPORT = {
     "decoding": {"acceptance", "tree", "tree_attention"},
     "load_target": {"backbone", "checkpoint", "heads", "sources"},
     "generate": {"acceptance", "decoding", "heads", "load_target", "tree", "tree_attention"},
-    "evaluate": {"checkpoint", "decoding", "generate", "heads", "tree", "tree_search"},
+    "chat_prompts": set(),
+    "plots": set(),
+    "quality": {"heads"},
+    "plain_decoding": {"heads"},
+    "load_decoder": {"generate", "sources"},
+    "chat": {"chat_prompts", "decoding", "generate", "tree"},
+    "step_times": {"acceptance", "decoding", "generate", "heads", "plain_decoding", "tree"},
+    "calibration": {"generate", "heads", "tree", "tree_search"},
+    "evaluate": {"acceptance", "calibration", "decoding", "generate", "heads", "plain_decoding", "step_times", "tree"},
+    "tree_tuning": {"calibration", "evaluate", "generate", "step_times", "tree", "tree_search"},
+    "cli_decoding": EVERY,
     "cli": EVERY,
     "__main__": {"cli"},
 }
@@ -81,7 +101,7 @@ LAZY = {"__init__", "cli"}
 INSTALLED = {"pydantic", "safetensors", "torch", "transformers"}
 """What `install_requires` brings; anything else must be imported where it is used."""
 
-STAYS_LIGHT = {"args", "data", "formats", "model_card", "push", "tree", "tree_search"}
+STAYS_LIGHT = {"args", "chat_prompts", "data", "formats", "model_card", "plots", "push", "tree", "tree_search"}
 """Modules that import neither torch nor transformers when they are imported."""
 
 

@@ -81,10 +81,99 @@ def _push(options: argparse.Namespace) -> None:
     print(push(options.directory, options.repo, private=options.private))
 
 
+def _decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """What all commands that decode have in common."""
+    parser.add_argument("heads", metavar="HEADS", help="an output_dir, a checkpoint in it, or a medusa_heads")
+    parser.add_argument("--base-model", metavar="M", help="directory or Hub name; by default what training wrote down")
+    parser.add_argument("--load-in-8bit", action="store_true", help="hold the model in 8-bit (needs bitsandbytes)")
+    parser.add_argument("--load-in-4bit", action="store_true", help="hold the model in 4-bit (needs bitsandbytes)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"per answer (default: {max_new_tokens})",
+    )
+
+
+def _tree_argument(parser: argparse.ArgumentParser) -> None:
+    help_ = "none, chain, chain-N, default, default-N, or a file of `axolotl-medusa tree` (default: default)"
+    parser.add_argument("--tree", metavar="T", help=help_)
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _decoding_arguments(parser, max_new_tokens=128)
+    _tree_argument(parser)
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL: id, prompt or messages, category")
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N prompts")
+    parser.add_argument("--json", metavar="OUT", help="write the whole report here")
+    parser.add_argument("--plots", metavar="DIR", help="draw PNG files here (needs matplotlib)")
+    parser.add_argument(
+        "--held-out", metavar="FILE", help="JSONL of conversations: perplexity and KL of the backbone and the original"
+    )
+    parser.add_argument(
+        "--original", metavar="M", help="the model before Medusa-2; by default what training wrote down"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of torch (default: 0); decoding is greedy")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from axolotl_medusa.cli_decoding import run_evaluate
+
+    run_evaluate(options)
+
+
+def _tree_arguments(parser: argparse.ArgumentParser) -> None:
+    from axolotl_medusa.tree import DEFAULT_NODES
+
+    _decoding_arguments(parser, max_new_tokens=128)
+    parser.add_argument("--calibration", required=True, metavar="FILE", help="JSONL: id, prompt or messages")
+    parser.add_argument(
+        "--nodes", type=int, default=DEFAULT_NODES, metavar="N", help=f"at most (default: {DEFAULT_NODES})"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="where to write the tree, for --tree")
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N prompts")
+
+
+def _tree(options: argparse.Namespace) -> None:
+    from axolotl_medusa.cli_decoding import run_tree
+
+    run_tree(options)
+
+
+def _answer_arguments(parser: argparse.ArgumentParser) -> None:
+    _decoding_arguments(parser, max_new_tokens=512)
+    _tree_argument(parser)
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: greedy; above: exact sampling (default: 0)"
+    )
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _answer_arguments(parser)
+    parser.add_argument("--prompt", required=True, help="a user's turn; text to continue if there is no chat template")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from axolotl_medusa.cli_decoding import run_generate
+
+    run_generate(options)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from axolotl_medusa.cli_decoding import run_chat
+
+    run_chat(options)
+
+
 COMMANDS = {
     "export": Command("write trained heads in the format of a server", _export_arguments, _export),
     "import": Command("turn published heads into what training writes", _import_arguments, _import),
     "push": Command("upload an export to the Hugging Face Hub", _push_arguments, _push),
+    "evaluate": Command("measure accuracy, acceptance length and speed of heads", _evaluate_arguments, _evaluate),
+    "tree": Command("find the candidate tree that is fastest on this machine", _tree_arguments, _tree),
+    "generate": Command("answer a prompt with Medusa decoding", _generate_arguments, _generate),
+    "chat": Command("chat in the terminal with Medusa decoding", _answer_arguments, _chat),
 }
 
 

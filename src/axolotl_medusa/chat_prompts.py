@@ -1,0 +1,115 @@
+"""Prompts from a JSONL file, and their tokens as the model sees them in a chat.
+
+Contract: no model and no tensors; a tokenizer is whatever transformers loads. A row is `{"id", "prompt"}` or
+`{"id", "messages": [{"role", "content"}, ...]}`, each with an optional `category`; other keys are left alone, so that what
+`data_generation` reads and writes can be used as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row.
+
+    Attributes:
+        id: The row's id, else its line number.
+        messages: A conversation; a plain prompt is one user turn.
+        category: What the row says it is about, None if it does not.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    category: str | None = None
+
+
+def read_prompts(file: str | Path, limit: int | None = None) -> list[Prompt]:
+    """Reads prompts.
+
+    Args:
+        file: A JSONL file.
+        limit: Rows to read at most.
+
+    Raises:
+        ValueError: The file cannot be read, is empty, or a row is none; the line is named.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}, expected at least 1")
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}): expected a JSONL file of prompts") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: expected a JSONL file of prompts") from error
+    prompts = list(islice(_rows(file, lines), limit))
+    if not prompts:
+        raise ValueError(f'{file} holds no prompts, expected lines such as {{"id": "1", "prompt": "Hello"}}')
+    return prompts
+
+
+def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Tokens up to where the model answers the last user turn; answers after it are left out.
+
+    With a chat template the conversation is rendered by it. Without one, a single turn is text to be continued.
+
+    Raises:
+        ValueError: There is no user turn, or several turns and no chat template.
+    """
+    turns = list(prompt.messages)
+    while turns and turns[-1]["role"] != "user":
+        turns.pop()
+    if not turns:
+        raise ValueError(f"prompt {prompt.id} has no user turn, expected one to answer: add it or delete the row")
+    return _tokens(tokenizer, prompt.id, turns, add_generation_prompt=True)
+
+
+def conversation_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Tokens of the whole conversation, answers included.
+
+    Raises:
+        ValueError: There are several turns and no chat template.
+    """
+    return _tokens(tokenizer, prompt.id, list(prompt.messages), add_generation_prompt=False)
+
+
+def _tokens(tokenizer: Any, name: str, turns: list[Message], *, add_generation_prompt: bool) -> list[int]:
+    if tokenizer.chat_template is None:
+        if len(turns) > 1:
+            raise ValueError(
+                f"prompt {name} has {len(turns)} turns, but the tokenizer has no chat template to join them: "
+                "give single prompts, or save a chat_template.jinja beside the tokenizer"
+            )
+        return list(tokenizer(turns[0]["content"])["input_ids"])
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written the special ones
+
+
+def _rows(file: str | Path, lines: list[str]) -> Iterator[Prompt]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON ({error}): correct or delete the line") from error
+        if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+            raise ValueError(f'{where} is no prompt, expected an object with either "prompt" or "messages"')
+        messages = [{"role": "user", "content": row["prompt"]}] if "prompt" in row else row["messages"]
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+            raise ValueError(f'{where}: expected "prompt" to be text, or "messages" a list of {{"role", "content"}}')
+        category = row.get("category")
+        yield Prompt(str(row.get("id", number)), tuple(messages), None if category is None else str(category))
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
