@@ -30,13 +30,19 @@ def gguf_file() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def unpack(directory: Path, dtype: str = "float32") -> None:
-    """Writes model and tokenizer into `directory`, config last so that a half-written directory is not taken for done.
+def unpacked(directory: Path, dtype: str = "float32") -> Path:
+    """Returns `directory` with model and tokenizer in it, unpacked now if they are not there yet.
 
     Args:
-        directory: Where to write.
-        dtype: Type of the stored weights.
+        directory: Where they are to be; a half-written one is never found there.
+        dtype: Type of the stored weights, if they are written now.
+
+    Raises:
+        RuntimeError: The package is not installed, or holds another tokenizer.
     """
+    if (directory / DONE_FILE).is_file():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,6 +63,7 @@ def unpack(directory: Path, dtype: str = "float32") -> None:
     tokenizer.save_pretrained(staging)
     model.save_pretrained(staging)
     staging.rename(directory)
+    return directory
 
 
 def main() -> int:
@@ -65,15 +72,11 @@ def main() -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
-    if (args.directory / DONE_FILE).is_file():
-        print(f"{args.directory} is there already")
-        return 0
     try:
-        unpack(args.directory, args.dtype)
+        print(f"the model is in {unpacked(args.directory, args.dtype)}")
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"wrote {args.directory}")
     return 0
 
 

@@ -16,7 +16,7 @@ import demo
 import model_server
 import pytest
 from killed_runs import KilledRun, Moment
-from smollm2 import DONE_FILE, unpack
+from smollm2 import unpacked
 from transformers import AutoTokenizer
 
 from conversations import IGNORED_LABEL, USER_MAX_TOKENS
@@ -29,10 +29,7 @@ START_S = 1.0
 @pytest.fixture(scope="module")
 def model() -> Path:
     """The model's directory, the same as the demo's."""
-    if not (demo.MODEL / DONE_FILE).is_file():
-        demo.MODEL.parent.mkdir(exist_ok=True)
-        unpack(demo.MODEL)
-    return demo.MODEL
+    return unpacked(demo.MODEL)
 
 
 @pytest.fixture(scope="module")

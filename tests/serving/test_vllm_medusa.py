@@ -19,7 +19,7 @@ import model_server
 import pytest
 import torch
 import yaml
-from smollm2 import DONE_FILE, unpack
+from smollm2 import unpacked
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_medusa.checkpoint import read_heads
@@ -82,10 +82,7 @@ def ask(address: str, model: Path, output: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def model() -> Path:
     """The model's directory, the same as the demo's."""
-    if not (demo.MODEL / DONE_FILE).is_file():
-        demo.MODEL.parent.mkdir(exist_ok=True)
-        unpack(demo.MODEL)
-    return demo.MODEL
+    return unpacked(demo.MODEL)
 
 
 @pytest.fixture(scope="module")
