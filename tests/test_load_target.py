@@ -91,6 +91,14 @@ def test_model_trained_in_full_precision_may_be_loaded_in_half(tmp_path):
     assert MedusaModel.from_pretrained(output, dtype=torch.bfloat16).base_model.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_model_stored_in_full_precision_and_trained_as_rounded_is_recognised(tmp_path, half):
+    """Axolotl loads such a model in half precision and turns the embeddings back into fp32: the hash is of those."""
+    output = save(tmp_path, varied_model().to(half).float())
+    varied_model().save_pretrained(tmp_path / "stored")
+    MedusaModel.from_pretrained(output / "medusa_heads", base_model=tmp_path / "stored")
+
+
 def test_heads_of_another_model_are_refused(tmp_path):
     output = save(tmp_path, varied_model())
     changed(varied_model()).save_pretrained(tmp_path / "other")

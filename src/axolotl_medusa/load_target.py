@@ -23,7 +23,8 @@ from axolotl_medusa.sources import Source, find_source
 LOG = logging.getLogger(__name__)
 
 _HASHED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Types that a model may have had in training: the hash is of the output embedding's bytes in that type."""
+"""Types that a model may have had in training: the hash is of the output embedding's bytes in that type. Axolotl loads a
+model in half precision and may turn its embeddings back into fp32, so rounded values in fp32 count too."""
 
 
 def load_target(
@@ -96,9 +97,10 @@ def _hashes(weight: Tensor) -> set[str]:
     if not weight.is_floating_point():
         return set()
     weight = weight.detach().cpu()
+    rounded = [weight.to(dtype) for dtype in _HASHED_DTYPES]
     return {
-        hashlib.sha256(weight.to(dtype).contiguous().view(torch.uint8).numpy().data).hexdigest()
-        for dtype in _HASHED_DTYPES
+        hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
+        for tensor in (*rounded, *(half.float() for half in rounded[1:]))
     }
 
 
