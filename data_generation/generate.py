@@ -113,7 +113,8 @@ class Run:
 
     def __init__(self, settings: Settings, counts: Counts, files: OutputFiles) -> None:
         """Starts the clock and the progress bar."""
-        self.settings, self.recipe, self.counts, self.files = settings, replace(settings), counts, files
+        self.settings, self.counts, self.files = settings, counts, files
+        self.recipe: Recipe = settings  # until the servers show what they cannot do
         self.template: ChatTemplate | None = None
         self.have_token_ids: list[bool] = []
         self.interrupts = 0

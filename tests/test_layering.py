@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "data": set(),
     "tree": set(),
     "objective": {"heads", "loss"},
-    "checkpoint": {"heads"},
+    "checkpoint": {"heads", "tensor_files"},
     "trainer": {"args", "checkpoint", "data", "heads", "loss", "objective"},
     "plugin": {"args", "checkpoint", "data", "heads", "objective", "trainer"},
     "tensor_files": set(),

@@ -31,6 +31,7 @@ from axolotl_medusa.heads import (
     frozen_output_embedding,
     output_embedding,
 )
+from axolotl_medusa.tensor_files import whole_or_nothing, write_json
 
 WEIGHTS_FILE = "medusa_lm_head.safetensors"
 CONFIG_FILE = "config.json"
@@ -114,8 +115,12 @@ def lm_head_hash(model: nn.Module) -> str:
     """SHA-256 of the output embedding's weight, without adapters, as it is now: `sha256` of its bytes."""
     weight = frozen_output_embedding(output_embedding(model)).weight
     with gathered([weight]):
-        data = _whole(weight).detach().contiguous().cpu()
-    return hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()
+        return weight_hash(_whole(weight).detach().cpu())
+
+
+def weight_hash(weight: Tensor) -> str:
+    """SHA-256 of the bytes of a weight on the CPU, in the type that it has."""
+    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 @contextlib.contextmanager
@@ -182,15 +187,10 @@ def write_heads(directory: str | Path, file: HeadsFile) -> None:
     """Writes a canonical directory, each file whole or not at all."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / (WEIGHTS_FILE + ".part")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in file.tensors.items()}, temporary, metadata={"format": "pt"}
-    )
-    temporary.replace(directory / WEIGHTS_FILE)
-    for name, content in ((CONFIG_FILE, file.config), (META_FILE, file.meta)):
-        part = directory / (name + ".part")
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        part.replace(directory / name)
+    with whole_or_nothing(directory / WEIGHTS_FILE) as part:
+        save_file({name: tensor.contiguous() for name, tensor in file.tensors.items()}, part, metadata={"format": "pt"})
+    write_json(directory / CONFIG_FILE, file.config)
+    write_json(directory / META_FILE, file.meta)
 
 
 def read_heads(directory: str | Path) -> HeadsFile:

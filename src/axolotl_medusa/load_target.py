@@ -7,7 +7,6 @@ decoding.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_medusa.backbone import lm_head
-from axolotl_medusa.checkpoint import HeadsFile, lm_head_hash, read_heads
+from axolotl_medusa.checkpoint import HeadsFile, lm_head_hash, read_heads, weight_hash
 from axolotl_medusa.heads import MedusaHeads, causal_lm, embedding_shape, frozen_output_embedding, output_embedding
 from axolotl_medusa.sources import Source, find_source
 
@@ -98,10 +97,7 @@ def _hashes(weight: Tensor) -> set[str]:
         return set()
     weight = weight.detach().cpu()
     rounded = [weight.to(dtype) for dtype in _HASHED_DTYPES]
-    return {
-        hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
-        for tensor in (*rounded, *(half.float() for half in rounded[1:]))
-    }
+    return {weight_hash(tensor) for tensor in (*rounded, *(half.float() for half in rounded[1:]))}
 
 
 def _load(

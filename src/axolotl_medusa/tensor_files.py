@@ -281,7 +281,7 @@ def write_tensors(path: str | Path, tensors: Iterable[LazyTensor], metadata: Map
         }
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with _whole_or_nothing(Path(path)) as part, part.open("wb") as stream:
+    with whole_or_nothing(Path(path)) as part, part.open("wb") as stream:
         stream.write(struct.pack("<Q", len(encoded)))
         stream.write(encoded)
         for tensor in ordered:
@@ -326,13 +326,13 @@ def write_sharded(
 
 def write_torch_file(path: str | Path, tensors: Iterable[LazyTensor]) -> None:
     """Writes a state dict with `torch.save`, for consumers that read nothing else; holds all of it in memory."""
-    with _whole_or_nothing(Path(path)) as part:
+    with whole_or_nothing(Path(path)) as part:
         torch.save({tensor.name: _loaded(tensor).clone() for tensor in tensors}, part)
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file, whole or not at all."""
-    with _whole_or_nothing(Path(path)) as part:
+    with whole_or_nothing(Path(path)) as part:
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -347,7 +347,7 @@ def _loaded(tensor: LazyTensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _whole_or_nothing(path: Path) -> Iterator[Path]:
+def whole_or_nothing(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` where the block ends without an error."""
     part = path.with_name(path.name + ".part")
     try:
