@@ -10,8 +10,9 @@ from conftest import HIDDEN, VOCAB, make_model
 from naive_reference import naive_acceptance_length, naive_loss
 from peft import LoraConfig, get_peft_model
 
-from axolotl_medusa import loss as loss_module
+from axolotl_medusa import chunked_loss
 from axolotl_medusa.heads import MedusaHeads, attach_heads
+from axolotl_medusa.loss import target_counts
 from axolotl_medusa.objective import Objective, install_objective, metric_names
 
 RTOL, ATOL = 2e-4, 2e-6  # fp32 rounding of sums over a vocabulary in another order
@@ -20,7 +21,7 @@ SEQ = 24
 
 @pytest.fixture(autouse=True)
 def _many_chunks(monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * VOCAB)
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 5 * VOCAB * 4)
 
 
 def batch(packed: bool, seed: int = 1):
@@ -191,7 +192,7 @@ def test_objective_four_micro_batches_with_step_counts_equal_one_batch():
         labels[row, :masked] = -100
     whole = model(input_ids=ids, labels=labels)
     expected = gradients(model, whole.loss)
-    counts = loss_module.target_counts(labels, 3)
+    counts = target_counts(labels, 3)
     model.zero_grad()
     total = 0.0
     for row in range(4):

@@ -185,6 +185,11 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
     )
 
 
+def identity(logits: Tensor) -> Tensor:
+    """What most models do to lm_head's output: nothing."""
+    return logits
+
+
 def logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
     """What the model does to lm_head's output: nothing, soft-capping (Gemma) or scaling (Cohere, Granite).
 
@@ -202,7 +207,7 @@ def logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
         return lambda logits: torch.tanh(logits * (multiplier / cap)) * cap
     if multiplier != 1.0:
         return lambda logits: logits * multiplier
-    return lambda logits: logits
+    return identity
 
 
 def attach_heads(model: nn.Module, heads: MedusaHeads) -> None:

@@ -7,15 +7,16 @@ the forward of the wrapped model because that is where DDP, FSDP and ZeRO-3 gath
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from axolotl_medusa.chunked_loss import FixedDistribution, OutputLayer, Prediction, row_losses
+from axolotl_medusa.closed_form import Accuracies
 from axolotl_medusa.heads import (
     MedusaHeads,
     attached_heads,
@@ -23,10 +24,11 @@ from axolotl_medusa.heads import (
     causal_lm,
     embedding_shape,
     frozen_output_embedding,
+    identity,
     logit_transform,
     output_embedding,
 )
-from axolotl_medusa.loss import IGNORE_INDEX, RowLosses, RowLossWeights, medusa_targets, row_losses
+from axolotl_medusa.loss import IGNORE_INDEX, RowLosses, RowLossWeights, medusa_targets
 
 BASE_LOSS_SAMPLE = 16
 """In Medusa-1 training the base loss is only watched: every 16th row of each batch keeps that below 1% of a step."""
@@ -51,7 +53,7 @@ class Objective:
         head_loss: `ce`, or `kl` from the model's own distribution at the position that a head predicts.
         logging: Whether accuracies are computed and the acceptance length.
         logging_topk: Accuracies top 1 to k.
-        recompute: See `loss.row_losses`.
+        recompute: See `chunked_loss.row_losses`.
     """
 
     only_heads: bool = False
@@ -144,33 +146,24 @@ class _Run:
     def __call__(self, labels: Tensor, counts: Tensor | None, coefficient: float) -> MedusaOutput:
         objective, heads = self.objective, self.heads
         targets = medusa_targets(labels, heads.num_heads, self.inputs.get("position_ids"))
-        targets = targets.to(self.lm.get_input_embeddings().weight.device)
-        targets = targets.flatten(0, 1)
-        rows = (targets[:, 0] != IGNORE_INDEX).nonzero().squeeze(1)
-        all_hidden = self._last_hidden(teacher=False).flatten(0, 1)
-        targets = targets.to(all_hidden.device)
-        rows = rows.to(all_hidden.device)
+        targets = targets.to(self.lm.get_input_embeddings().weight.device).flatten(0, 1)
         if counts is None:
             counts = (targets != IGNORE_INDEX).sum(dim=0)
-        counts = counts.to(all_hidden.device).clamp(min=1)
-        base_loss, sums = self._base_loss(all_hidden, rows, targets)
-        loss = base_loss / counts[0]
-        correct = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
-        accepted = torch.zeros((), dtype=torch.float64, device=rows.device)
-        for head in range(heads.num_heads):
-            chosen = targets[rows, head + 1] != IGNORE_INDEX
-            result = self._head_loss(head, all_hidden, rows[chosen], targets[rows[chosen], head + 1])
-            weight = coefficient * objective.decay_coefficient ** (head + 1)
-            loss = loss + weight * result.loss / counts[head + 1]
-            sums.append((result.loss.detach(), chosen.sum()))
-            if result.correct is not None and result.topk_hits is not None:
-                sums.append((result.correct.sum(), chosen.sum()))
-                sampled = torch.tensor(result.topk_rows, device=rows.device)
-                sums += [(hits, sampled) for hits in result.topk_hits[1:]]
-                correct &= torch.zeros_like(correct).masked_scatter(chosen, result.correct)
-                accepted += correct.sum()
-        if objective.logging:
-            sums.append((accepted + rows.shape[0], torch.tensor(rows.shape[0], device=rows.device)))
+        rows = (targets[:, 0] != IGNORE_INDEX).nonzero().squeeze(1)
+        hidden = self._last_hidden(teacher=False).flatten(0, 1)
+        rows, counts = rows.to(hidden.device), counts.to(hidden.device).clamp(min=1)
+        hidden, targets = hidden[rows], targets.to(hidden.device)[rows]
+        counted = [targets[:, head + 1] != IGNORE_INDEX for head in range(heads.num_heads)]
+        weights = [coefficient * objective.decay_coefficient ** (head + 1) for head in range(heads.num_heads)]
+        predictions = [
+            self._head_prediction(head, hidden, rows, targets, counted[head], weights[head] / counts[head + 1])
+            for head in range(heads.num_heads)
+        ]
+        if not objective.only_heads:
+            predictions.append(self._base_prediction(hidden, targets, 1.0 / counts[0]))
+        loss, results = row_losses(predictions, self._fixed(hidden, rows), recompute=objective.recompute)
+        sums = self._base_metrics(hidden, targets) if objective.only_heads else self._base_sums(results.pop(), rows)
+        sums += self._head_sums(results, counted, rows)
         stacked = torch.stack([torch.stack([part.double() for part in pair]) for pair in sums])
         return MedusaOutput(loss=loss, metric_sums=stacked)
 
@@ -182,85 +175,97 @@ class _Run:
         with torch.no_grad(), _evaluating(decoder):
             return cast(Tensor, decoder(**self.inputs)[0])
 
-    def _project(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        logits: Tensor = layer(hidden.to(_weight_dtype(layer)))
-        return self.transform(logits)
-
-    def _base_loss(
-        self, all_hidden: Tensor, rows: Tensor, targets: Tensor
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The base model's loss over the counted rows (a sum), and its metrics."""
-        objective = self.objective
-        if objective.only_heads:
-            watched = rows[:: BASE_LOSS_SAMPLE if self.lm.training else 1]
-            with torch.no_grad():
-                result = self._row_losses(self.output, all_hidden[watched], targets[watched, 0])
-            return torch.zeros_like(result.loss), [(result.cross_entropy, _count(watched))]
-        fixed_logits = None
-        if objective.kl_coefficient:
+    def _fixed(self, hidden: Tensor, rows: Tensor) -> FixedDistribution | None:
+        """What divergences are measured from, at all counted rows: the frozen self where it is asked for, else the model."""
+        if self.objective.kl_coefficient:
             with self.disable_adapter():
-                teacher_hidden = self._last_hidden(teacher=True).flatten(0, 1)[rows]
-            frozen_layer = frozen_output_embedding(self.output)
+                hidden = self._last_hidden(teacher=True).flatten(0, 1)[rows]
+            return FixedDistribution(hidden, self._layer(frozen_output_embedding(self.output)))
+        if self.objective.head_loss == "kl":
+            return FixedDistribution(hidden.detach(), self._layer(self.output, frozen=True))
+        return None
 
-            def fixed_logits(chunk: slice) -> Tensor:
-                return self._project(frozen_layer, teacher_hidden[chunk])
-
+    def _base_prediction(self, hidden: Tensor, targets: Tensor, scale: Tensor) -> Prediction:
+        objective = self.objective
         weights = RowLossWeights(
             objective.lm_coefficient, objective.kl_coefficient, objective.distillation_regularization
         )
-        result = self._row_losses(
-            self.output,
-            all_hidden[rows],
-            targets[rows, 0],
-            fixed_logits=fixed_logits,
-            weights=weights,
-        )
-        sums = [(result.loss.detach(), _count(rows))]
-        if objective.kl_coefficient:
+        every_row = torch.arange(hidden.shape[0], device=hidden.device) if objective.kl_coefficient else None
+        return Prediction(hidden, targets[:, 0], self._layer(self.output), weights, scale, every_row)
+
+    def _head_prediction(
+        self, head: int, hidden: Tensor, rows: Tensor, targets: Tensor, counted: Tensor, scale: Tensor
+    ) -> Prediction:
+        """A head's rows; the model predicts the same token 1 + head rows later, which is a counted row too."""
+        own_rows = self.heads.hidden(head, hidden[counted])
+        layer = self._layer(self.heads.output_layer(head) or self.output)
+        own_targets = targets[counted, head + 1]
+        weights, same_token = RowLossWeights(), None
+        if self.objective.head_loss == "kl":
+            weights, same_token = RowLossWeights(0.0, kl=1.0), torch.searchsorted(rows, rows[counted] + 1 + head)
+        return Prediction(own_rows, own_targets, layer, weights, scale, same_token, self._accuracies)
+
+    def _layer(self, layer: nn.Module, frozen: bool = False) -> OutputLayer:
+        """An output layer as the losses take it; frozen: without dropout."""
+        weight, dtype = None, _compute_dtype(layer)
+        is_matmul = type(layer) is nn.Linear and layer.bias is None and self.transform is identity
+        if is_matmul and dtype in (torch.float32, torch.bfloat16):
+            weight = cast(Tensor, layer.weight)
+
+        def project(hidden: Tensor) -> Tensor:
+            with _evaluating(layer) if frozen else contextlib.nullcontext():
+                return self.transform(layer(hidden.to(_weight_dtype(layer))))
+
+        return OutputLayer(project, self.vocab_size, list(layer.parameters()), weight, dtype)
+
+    def _base_metrics(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The loss of a frozen base model, which is only watched."""
+        watched = slice(None, None, BASE_LOSS_SAMPLE if self.lm.training else 1)
+        rows = hidden[watched]
+        with torch.no_grad():
+            _, (result,) = row_losses([Prediction(rows, targets[watched, 0], self._layer(self.output))])
+        return [(result.cross_entropy, _count(rows))]
+
+    def _base_sums(self, result: RowLosses, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        sums = [(result.loss, _count(rows))]
+        if self.objective.kl_coefficient:
             sums += [(result.cross_entropy, _count(rows)), (result.kl, _count(rows))]
-        return result.loss, sums
+        return sums
 
-    def _head_loss(self, head: int, all_hidden: Tensor, rows: Tensor, targets: Tensor) -> RowLosses:
-        """The loss of one head over its counted rows (a sum)."""
-        hidden = self.heads.hidden(head, all_hidden[rows])
-        layer = self.heads.output_layer(head) or self.output
-        if self.objective.head_loss == "ce":
-            return self._row_losses(layer, hidden, targets, **self._accuracies)
-        predicted = all_hidden.detach()[rows + 1 + head]
-
-        def fixed_logits(chunk: slice) -> Tensor:
-            with _evaluating(self.output):
-                return self._project(self.output, predicted[chunk])
-
-        return self._row_losses(
-            layer,
-            hidden,
-            targets,
-            fixed_logits=fixed_logits,
-            weights=RowLossWeights(cross_entropy=0.0, kl=1.0),
-            **self._accuracies,
-        )
+    def _head_sums(
+        self, results: Sequence[RowLosses], counted: Sequence[Tensor], rows: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Each head's loss and accuracies, and the acceptance length: heads that are right in a row, and the base token."""
+        sums = []
+        correct = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+        accepted = _count(rows).double()
+        for result, chosen in zip(results, counted, strict=True):
+            sums.append((result.loss, chosen.sum()))
+            if result.correct is not None and result.topk_hits is not None:
+                sums.append((result.correct.sum(), chosen.sum()))
+                sampled = torch.tensor(result.topk_rows, device=rows.device)
+                sums += [(hits, sampled) for hits in result.topk_hits[1:]]
+                correct &= torch.zeros_like(correct).masked_scatter(chosen, result.correct)
+                accepted += correct.sum()
+        return [*sums, (accepted, _count(rows))] if self.objective.logging else sums
 
     @property
-    def _accuracies(self) -> dict[str, int]:
+    def _accuracies(self) -> Accuracies | None:
         if not self.objective.logging:
-            return {}
-        return {"top_k": self.objective.logging_topk, "top_k_every": TOP_K_SAMPLE if self.lm.training else 1}
-
-    def _row_losses(self, layer: nn.Module, hidden: Tensor, targets: Tensor, **kwargs: Any) -> RowLosses:
-        return row_losses(
-            hidden,
-            targets,
-            partial(self._project, layer),
-            vocab_size=self.vocab_size,
-            parameters=list(layer.parameters()),
-            recompute=self.objective.recompute,
-            **kwargs,
-        )
+            return None
+        return Accuracies(self.objective.logging_topk, TOP_K_SAMPLE if self.lm.training else 1)
 
 
 def _count(rows: Tensor) -> Tensor:
     return torch.tensor(rows.shape[0], device=rows.device)
+
+
+def _compute_dtype(layer: nn.Module) -> torch.dtype:
+    """What the layer's matmul is computed in."""
+    weight = frozen_output_embedding(layer).weight
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return cast(torch.dtype, weight.dtype)
 
 
 def _weight_dtype(layer: nn.Module) -> torch.dtype:
