@@ -6,6 +6,8 @@ On a CPU rows are worked on in blocks, whose passes over the same memory find it
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from axolotl_medusa.loss import RowLossWeights
+from axolotl_medusa.loss import IGNORE_INDEX, RowLossWeights
 
 _BLOCK_BYTES = 2**23
 """Logits that are worked on together on a CPU: they stay in the cache between one pass and the next."""
@@ -104,7 +106,9 @@ def gradient_in_place(
     values = _RowValues(*torch.zeros((4, logits.shape[0]), device=logits.device))
     hits = torch.zeros(accuracies.top_k if accuracies else 0, dtype=torch.long, device=logits.device)
     for block in _blocks(logits):
-        if fixed is None and not weights.own_softmax:
+        if fixed is None and not weights.own_softmax and fused_kernels_for(logits.device):
+            hits += _cross_entropy_fused(logits, block, targets, values, accuracies)
+        elif fixed is None and not weights.own_softmax:
             hits += _cross_entropy_block(logits, block, targets, values, accuracies)
         else:
             hits += _all_terms_block(logits, block, targets, fixed, weights, values, accuracies)
@@ -120,6 +124,38 @@ def gradient_in_place(
     if accuracies is None:
         return Sums(loss, cross_entropy, kl, None, None)
     return Sums(loss, cross_entropy, kl, values.correct.bool(), hits)
+
+
+@functools.cache
+def fused_kernels_for(device: torch.device) -> bool:
+    """Whether Liger's kernel is used: on CUDA, where it is installed (axolotl brings it)."""
+    return device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+
+
+def _cross_entropy_fused(
+    logits: Tensor, block: slice, targets: Tensor, values: _RowValues, accuracies: Accuracies | None
+) -> Tensor:
+    """As `_cross_entropy_block`, in one pass of Liger's kernel, which writes the gradient over the logits too."""
+    from liger_kernel.ops.cross_entropy import cross_entropy_forward
+
+    rows = logits[block].detach()
+    hits = _hits(rows, rows[torch.arange(len(rows), device=rows.device), targets[block]], block, accuracies)
+    losses, _, correct, *_ = cross_entropy_forward(
+        rows.requires_grad_(),  # else it computes no gradient
+        targets[block],
+        weight=None,
+        ignore_index=IGNORE_INDEX,
+        lse_square_scale=0.0,
+        label_smoothing=0.0,
+        reduction="none",
+        softcap=None,
+        return_z_loss=False,
+        return_token_accuracy=accuracies is not None,
+    )
+    values.cross_entropy[block] = losses.float()
+    if accuracies:
+        values.correct[block] = correct
+    return hits
 
 
 def _cross_entropy_block(
