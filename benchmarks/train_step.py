@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from machine import available_bytes, description
 from smollm2 import unpacked
 from train_step_bounds import bounds_of_heads_loss, bounds_of_step, bounds_of_vocabulary
 from train_step_cases import FORMS, Case, Side, heads_loss_cases, step_cases, vocabulary_case
@@ -55,17 +53,6 @@ def measure(what: str, case: Case, sides: tuple[Side, ...] = ("ours",), rounds: 
     return result
 
 
-def total_mib() -> float:
-    """Memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
-
-
-def available_mib() -> float:
-    """Memory that could be allocated now without swapping."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
 def measure_step(case: Case, rounds: int) -> Result:
     """Peak memory of both sides, then their times; the reference's only where it fits beside our side."""
     peaks = {side: measure("memory", case, (side,)) for side in SIDES}
@@ -77,7 +64,7 @@ def measure_step(case: Case, rounds: int) -> Result:
         sides = ("ours",)
     else:
         result["memory_ratio"] = round(peaks["ours"]["peak"] / peaks["reference"]["peak"], 3)
-        if peaks["ours"]["after_steps"] + peaks["reference"]["peak"] + SPARE_MIB > available_mib():
+        if peaks["ours"]["after_steps"] + peaks["reference"]["peak"] + SPARE_MIB > available_bytes() / 2**20:
             sides = ("ours",)
     if sides != SIDES:
         result[DOES_NOT_FIT] = ["reference"]
@@ -137,9 +124,7 @@ def run(args: argparse.Namespace) -> Result:
         "heads_dtype": args.heads_dtype,
         "optimizer": args.optimizer,
         "rounds": args.rounds,
-        "cpu": {"count": os.cpu_count(), "machine": platform.machine(), "memory_mib": round(total_mib())},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "peft")},
+        **description("torch", "transformers", "peft"),
         "steps": {},
         "heads_loss": {},
         "vocabulary": {},

@@ -1,6 +1,7 @@
 """What `train_step.py` measures.
 
-Contract: data only, without torch: the process that starts the measurements stays small.
+Contract: data only, without torch: the process that starts the measurements stays small, as Linux counts the memory of
+the starting process into its child's peak.
 """
 
 from __future__ import annotations

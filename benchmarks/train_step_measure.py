@@ -19,6 +19,7 @@ from typing import Any
 
 import roofline
 import torch
+from machine import available_bytes
 from roofline import SQUARE, Shape, VocabularyMatmuls, matmul_flops_per_s
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,14 +45,6 @@ LOSS_RTOL = 0.02
 
 CHUNKS = (1024, 512, 256)
 """Rows of the chunks in which the matmuls are tried alone."""
-
-
-def available_bytes() -> int:
-    """Memory that could be allocated now without swapping."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable, expected it on Linux: run this benchmark there")
 
 
 def resident_mib() -> float:
