@@ -196,13 +196,14 @@ class VocabularyMatmuls:
         rows = self.hidden.shape[0]
         times = {}
         for chunk in {*(size for size in candidates if size < rows), rows}:
-            self._allocate(chunk)
+            self.allocate(chunk)
             times[chunk] = fastest(self)
         best = min(times, key=lambda chunk: times[chunk])
-        self._allocate(best)
+        self.allocate(best)
         return best
 
-    def _allocate(self, chunk: int) -> None:
+    def allocate(self, chunk: int) -> None:
+        """Makes buffers for chunks of so many rows."""
         size = (chunk, self.weight.shape[0])
         self.logits = torch.empty(size, dtype=self.weight.dtype)
         self.logits_gradient = torch.randn(size, dtype=self.weight.dtype).mul_(1e-3)

@@ -59,14 +59,16 @@ def peak_mib() -> float:
 
 
 def memory(case: Case, side: Side) -> dict[str, Any]:
-    """Peak memory of one side."""
+    """Peak memory of one side, and what was resident: with torch alone, with the model, with everything, and in the end."""
     runtime = resident_mib()
     lm = load_model(case)
+    model = resident_mib()
     step = Step(case, side, lm, make_batch(case, lm.config.vocab_size))
     before = resident_mib()
     for _ in range(STEPS_FOR_PEAK):
         step()
-    return {"runtime": runtime, "before_step": before, "after_steps": resident_mib(), "peak": peak_mib()}
+    resident = {"runtime": runtime, "model": model, "before_step": before, "after_steps": resident_mib()}
+    return resident | {"peak": peak_mib()}
 
 
 def alternated(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -86,7 +88,7 @@ def paired_ratio(slower: list[float], faster: list[float]) -> float:
 
 
 def step_times(case: Case, sides: list[Side], rounds: int) -> dict[str, Any]:
-    """Times the sides' steps and the backbone's forward in alternation, and counts what a step costs at least.
+    """Times the sides' steps, the backbone's forward and a matmul in alternation.
 
     Raises:
         RuntimeError: The sides' first losses differ.
@@ -95,36 +97,55 @@ def step_times(case: Case, sides: list[Side], rounds: int) -> dict[str, Any]:
     batch = make_batch(case, lm.config.vocab_size)
     steps = {side: Step(case, side, with_shared_weights(lm), batch) for side in sides}
     losses: dict[str, list[float]] = {side: [] for side in sides}
+    rates: list[float] = []
 
     def run(side: Side) -> None:
         losses[side].append(steps[side]())
 
+    def run_matmul() -> None:
+        rates.append(matmul_flops_per_s(SQUARE, SQUARE, SQUARE, DTYPES[case.precision]))
+
     works: dict[str, Callable[[], object]] = {side: partial(run, side) for side in sides}
-    times = alternated(works | {"backbone": steps["ours"].backbone_forward}, rounds)
+    works |= {"backbone": steps["ours"].backbone_forward, "matmul": run_matmul}
+    times = alternated(works, rounds)
+    del times["matmul"]  # it is repeated, and its rate is in `rates`
     first = {side: values[0] for side, values in losses.items()}
     if max(first.values()) - min(first.values()) > LOSS_RTOL * max(first.values()):
         raise RuntimeError(f"the sides' first losses are {first}, expected equal ones: they do not compute the same")
-    dtype = DTYPES[case.precision]
-    rows = counted_rows(batch["labels"], case.heads)
-    rank = LORA_RANK if case.stage == "medusa-2" else 0
-    shape = Shape.of(lm.config)
-    flops = roofline.step(shape, case.batch, case.seq, rows, shared=case.form == "shared", rank=rank)
     result: dict[str, Any] = {
         "rounds_s": {name: [round(value, 4) for value in values] for name, values in times.items()},
         "seconds": {name: round(statistics.median(values), 4) for name, values in times.items()},
         "first_loss": first,
-        "rows": rows,
-        "flops": flops,
-        "machine_gflops": round(matmul_flops_per_s(SQUARE, SQUARE, SQUARE, dtype) / 1e9, 1),
-        "machine_gflops_at_heads": round(matmul_flops_per_s(rows[1], shape.hidden, shape.vocab, dtype) / 1e9, 1),
     }
-    ours_s, total = statistics.median(times["ours"]), sum(flops.values())
-    result["gflops"] = round(total / ours_s / 1e9, 1)
-    result["share_of_roofline"] = round(result["gflops"] / result["machine_gflops"], 3)
-    result["tokens_per_s"] = round(case.batch * case.seq / ours_s, 1)
     if "reference" in times:
         result["speed"] = round(paired_ratio(times["reference"], times["ours"]), 3)
-    return result
+    rows = counted_rows(batch["labels"], case.heads)
+    return result | against_roofline(case, Shape.of(lm.config), rows, statistics.median(times["ours"]), max(rates))
+
+
+def against_roofline(case: Case, shape: Shape, rows: list[int], ours_s: float, machine: float) -> dict[str, Any]:
+    """What our step reaches of what the machine can do.
+
+    Args:
+        case: The step.
+        shape: Its model.
+        rows: Counted rows of the base model and of each head, `[N + 1]`.
+        ours_s: Seconds of our step.
+        machine: Rate of the square matmul in FLOP/s.
+    """
+    rank = LORA_RANK if case.stage == "medusa-2" else 0
+    flops = roofline.step(shape, case.batch, case.seq, rows, shared=case.form == "shared", rank=rank)
+    rate = sum(flops.values()) / ours_s
+    at_heads = matmul_flops_per_s(rows[1], shape.hidden, shape.vocab, DTYPES[case.precision])
+    return {
+        "rows": rows,
+        "flops": flops,
+        "machine_gflops": round(machine / 1e9, 1),
+        "machine_gflops_at_heads": round(at_heads / 1e9, 1),
+        "gflops": round(rate / 1e9, 1),
+        "share_of_roofline": round(rate / machine, 3),
+        "tokens_per_s": round(case.batch * case.seq / ours_s, 1),
+    }
 
 
 def loss_of_rows(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import roofline
 import torch
+import train_step
 from conftest import HIDDEN, VOCAB, make_model, randomize
 from peft import get_peft_model
 from plain_trainer import PlainTrainer, column_targets
@@ -155,7 +156,7 @@ def test_vocabulary_matmuls_cover_every_row_in_every_chunk_size():
     shape = roofline.Shape.of(make_model().config)
     matmuls = roofline.VocabularyMatmuls(23, shape, torch.float32, frozen=False)
     for chunk in (23, 8):
-        matmuls._allocate(chunk)
+        matmuls.allocate(chunk)
         matmuls.weight_gradient.zero_()
         matmuls()
         dl = matmuls.logits_gradient[torch.arange(23) % chunk]
@@ -211,7 +212,7 @@ def test_train_step_script_on_a_tiny_model_writes_its_figures(tmp_path):
         assert found["gflops"] == pytest.approx(sum(found["flops"].values()) / seconds["ours"] / 1e9, rel=0.5, abs=0.1)
         for side in ("ours", "reference"):
             memory = found["memory_mib"][side]
-            assert 0 < memory["runtime"] <= memory["before_step"] <= memory["peak"]
+            assert 0 < memory["runtime"] <= memory["model"] <= memory["before_step"] <= memory["peak"]
         assert found["rows"][0] >= found["rows"][1] >= found["rows"][2] > 0
     assert result["heads_loss"][cases[1]]["share"] > 0
     assert len(result["bounds"]) == 3
@@ -219,6 +220,34 @@ def test_train_step_script_on_a_tiny_model_writes_its_figures(tmp_path):
         assert bound["what"] in done.stdout
     for name in cases:
         assert name in done.stdout
+
+
+def peaks(model, after_steps, peak):
+    return {"model": model, "after_steps": after_steps, "peak": peak}
+
+
+@pytest.mark.parametrize(
+    ("reference", "available_mib", "timed"),
+    [
+        (peaks(500.0, 900.0, 4000.0), 6000, ["ours", "reference"]),
+        (peaks(500.0, 900.0, 4000.0), 5000, ["ours"]),  # the two sides do not fit beside each other
+        ({"does_not_fit": True}, 6000, ["ours"]),
+    ],
+)
+def test_measure_step_times_the_reference_only_where_it_fits(monkeypatch, reference, available_mib, timed):
+    seen = []
+
+    def measure(what, case, sides=("ours",), rounds=1):
+        if what == "memory":
+            return peaks(500.0, 700.0, 1000.0) if sides == ("ours",) else reference
+        seen.append(list(sides))
+        return {"seconds": {}}
+
+    monkeypatch.setattr(train_step, "measure", measure)
+    monkeypatch.setattr(train_step, "available_bytes", lambda: available_mib * 2**20)
+    result = train_step.measure_step(Case("smollm2", "medusa-1", "separate", "fp32"), rounds=1)
+    assert seen == [timed]
+    assert result.get("memory_ratio") == (None if "does_not_fit" in reference else 0.25)
 
 
 def test_train_step_script_names_what_can_be_selected(tmp_path):
