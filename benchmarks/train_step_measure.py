@@ -1,0 +1,224 @@
+"""One measurement of `train_step.py`, in this process alone.
+
+    python benchmarks/train_step_measure.py {memory|time|heads-loss} CASE_AS_JSON [--side ours] [--rounds 3]
+
+Prints JSON; `{"does_not_fit": true}` where the memory that is available now is too little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import roofline
+import torch
+from machine import available_bytes
+from roofline import SQUARE, Shape, VocabularyMatmuls, matmul_flops_per_s
+from torch import Tensor
+from torch.nn import functional as F
+from train_step_cases import LORA_RANK, Case, Side
+from train_step_models import (
+    DTYPES,
+    Step,
+    autocast,
+    counted_rows,
+    load_model,
+    make_batch,
+    trained_dtype,
+    with_shared_weights,
+)
+
+from axolotl_medusa.loss import row_losses
+
+STEPS_FOR_PEAK = 2
+"""The optimizer's state comes with the first step; the second has everything."""
+
+LOSS_RTOL = 0.02
+"""Both sides' losses are equal but for rounding and, after the first step, dropout."""
+
+CHUNKS = (1024, 512, 256)
+"""Rows of the chunks in which the matmuls are tried alone."""
+
+
+def resident_mib() -> float:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+
+
+def peak_mib() -> float:
+    """Most memory that this process has had."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+def memory(case: Case, side: Side) -> dict[str, Any]:
+    """Peak memory of one side, and what was resident: with torch alone, with the model, with everything, and in the end."""
+    runtime = resident_mib()
+    lm = load_model(case)
+    model = resident_mib()
+    step = Step(case, side, lm, make_batch(case, lm.config.vocab_size))
+    before = resident_mib()
+    for _ in range(STEPS_FOR_PEAK):
+        step()
+    resident = {"runtime": runtime, "model": model, "before_step": before, "after_steps": resident_mib()}
+    return resident | {"peak": peak_mib()}
+
+
+def alternated(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each of several things, done in alternation; a first round warms up and is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            taken = roofline.seconds(work)
+            if number:
+                times[name].append(taken)
+    return times
+
+
+def paired_ratio(slower: list[float], faster: list[float]) -> float:
+    """Median over the rounds of the ratio of two times."""
+    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+
+
+def step_times(case: Case, sides: list[Side], rounds: int) -> dict[str, Any]:
+    """Times the sides' steps, the backbone's forward and a matmul in alternation.
+
+    Raises:
+        RuntimeError: The sides' first losses differ.
+    """
+    lm = load_model(case)
+    batch = make_batch(case, lm.config.vocab_size)
+    steps = {side: Step(case, side, with_shared_weights(lm), batch) for side in sides}
+    losses: dict[str, list[float]] = {side: [] for side in sides}
+    rates: list[float] = []
+
+    def run(side: Side) -> None:
+        losses[side].append(steps[side]())
+
+    def run_matmul() -> None:
+        rates.append(matmul_flops_per_s(SQUARE, SQUARE, SQUARE, DTYPES[case.precision]))
+
+    works: dict[str, Callable[[], object]] = {side: partial(run, side) for side in sides}
+    works |= {"backbone": steps["ours"].backbone_forward, "matmul": run_matmul}
+    times = alternated(works, rounds)
+    del times["matmul"]  # it is repeated, and its rate is in `rates`
+    first = {side: values[0] for side, values in losses.items()}
+    if max(first.values()) - min(first.values()) > LOSS_RTOL * max(first.values()):
+        raise RuntimeError(f"the sides' first losses are {first}, expected equal ones: they do not compute the same")
+    result: dict[str, Any] = {
+        "rounds_s": {name: [round(value, 4) for value in values] for name, values in times.items()},
+        "seconds": {name: round(statistics.median(values), 4) for name, values in times.items()},
+        "first_loss": first,
+    }
+    if "reference" in times:
+        result["speed"] = round(paired_ratio(times["reference"], times["ours"]), 3)
+    rows = counted_rows(batch["labels"], case.heads)
+    return result | against_roofline(case, Shape.of(lm.config), rows, statistics.median(times["ours"]), max(rates))
+
+
+def against_roofline(case: Case, shape: Shape, rows: list[int], ours_s: float, machine: float) -> dict[str, Any]:
+    """What our step reaches of what the machine can do.
+
+    Args:
+        case: The step.
+        shape: Its model.
+        rows: Counted rows of the base model and of each head, `[N + 1]`.
+        ours_s: Seconds of our step.
+        machine: Rate of the square matmul in FLOP/s.
+    """
+    rank = LORA_RANK if case.stage == "medusa-2" else 0
+    flops = roofline.step(shape, case.batch, case.seq, rows, shared=case.form == "shared", rank=rank)
+    rate = sum(flops.values()) / ours_s
+    at_heads = matmul_flops_per_s(rows[1], shape.hidden, shape.vocab, DTYPES[case.precision])
+    return {
+        "rows": rows,
+        "flops": flops,
+        "machine_gflops": round(machine / 1e9, 1),
+        "machine_gflops_at_heads": round(at_heads / 1e9, 1),
+        "gflops": round(rate / 1e9, 1),
+        "share_of_roofline": round(rate / machine, 3),
+        "tokens_per_s": round(case.batch * case.seq / ours_s, 1),
+    }
+
+
+def loss_of_rows(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Our loss of one head, summed over its rows `[rows, hidden]`, from its output layer `[vocab, hidden]`."""
+    project = partial(F.linear, weight=weight)
+    return row_losses(hidden, targets, project, vocab_size=weight.shape[0], parameters=[weight]).loss
+
+
+def heads_loss(case: Case, rounds: int) -> dict[str, Any]:
+    """Times the loss of all heads, forward and backward, beside the matmuls that it is made of."""
+    lm = load_model(case)
+    shape, batch = Shape.of(lm.config), make_batch(case, lm.config.vocab_size)
+    rows, frozen = counted_rows(batch["labels"], case.heads)[1:], case.form == "shared"
+    dtype = DTYPES[case.precision]
+    torch.manual_seed(3)
+    start = lm.get_output_embeddings().weight.detach().to(trained_dtype(case))
+    del lm
+    weights = [start] * case.heads if frozen else [start.clone().requires_grad_() for _ in rows]
+    hidden = [torch.randn(count, shape.hidden, dtype=dtype).requires_grad_() for count in rows]
+    targets = [torch.randint(shape.vocab, (count,)) for count in rows]
+
+    def ours() -> None:
+        for head, count in enumerate(rows):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast(case)):
+                loss = loss_of_rows(hidden[head], weights[head], targets[head])
+            (loss / count).backward()  # type: ignore[no-untyped-call]
+        for tensor in (*weights, *hidden):
+            tensor.grad = None
+
+    matmuls = VocabularyMatmuls(max(rows), shape, dtype, frozen=frozen)
+    chunk = matmuls.choose_chunk(CHUNKS)
+
+    def alone() -> None:
+        for _ in rows:
+            matmuls()
+
+    times = alternated({"ours": ours, "matmuls": alone}, rounds)
+    gflop = sum(roofline.vocabulary(shape, count, matmuls=2 if frozen else 3) for count in rows) / 1e9
+    alone_gflop = len(rows) * matmuls.flops / 1e9
+    ours_rates = [gflop / value for value in times["ours"]]
+    matmul_rates = [alone_gflop / value for value in times["matmuls"]]
+    return {
+        "rows": rows,
+        "rounds_s": {name: [round(value, 4) for value in values] for name, values in times.items()},
+        "gflops": round(statistics.median(ours_rates), 1),
+        "matmuls_gflops": round(statistics.median(matmul_rates), 1),
+        "matmuls_chunk_rows": chunk,
+        "share": round(paired_ratio(ours_rates, matmul_rates), 3),
+    }
+
+
+def main() -> None:
+    """Takes one measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("memory", "time", "heads-loss"))
+    parser.add_argument("case", type=lambda text: Case(**json.loads(text)))
+    parser.add_argument("--side", action="append", choices=("ours", "reference"), required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_DATA, (available_bytes(), resource.RLIM_INFINITY))
+    try:
+        if args.what == "memory":
+            result = memory(args.case, args.side[0])
+        elif args.what == "time":
+            result = step_times(args.case, args.side, args.rounds)
+        else:
+            result = heads_loss(args.case, args.rounds)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        result = {"does_not_fit": True}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
