@@ -27,7 +27,6 @@ from train_step_cases import LORA_RANK, Case, Side
 from train_step_models import (
     DTYPES,
     Step,
-    autocast,
     counted_rows,
     load_model,
     make_batch,
@@ -35,7 +34,7 @@ from train_step_models import (
     with_shared_weights,
 )
 
-from axolotl_medusa.loss import row_losses
+from axolotl_medusa.chunked_loss import OutputLayer, Prediction, row_losses
 
 STEPS_FOR_PEAK = 2
 """The optimizer's state comes with the first step; the second has everything."""
@@ -148,10 +147,10 @@ def against_roofline(case: Case, shape: Shape, rows: list[int], ours_s: float, m
     }
 
 
-def loss_of_rows(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Our loss of one head, summed over its rows `[rows, hidden]`, from its output layer `[vocab, hidden]`."""
-    project = partial(F.linear, weight=weight)
-    return row_losses(hidden, targets, project, vocab_size=weight.shape[0], parameters=[weight]).loss
+def head_prediction(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Prediction:
+    """One head's rows `[rows, hidden]` and output layer `[vocab, hidden]`, computed in `dtype`, as the objective has them."""
+    layer = OutputLayer(partial(F.linear, weight=weight), weight.shape[0], [weight], weight, dtype)
+    return Prediction(hidden, targets, layer, scale=1 / len(targets))
 
 
 def heads_loss(case: Case, rounds: int) -> dict[str, Any]:
@@ -168,10 +167,8 @@ def heads_loss(case: Case, rounds: int) -> dict[str, Any]:
     targets = [torch.randint(shape.vocab, (count,)) for count in rows]
 
     def ours() -> None:
-        for head, count in enumerate(rows):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast(case)):
-                loss = loss_of_rows(hidden[head], weights[head], targets[head])
-            (loss / count).backward()  # type: ignore[no-untyped-call]
+        loss, _ = row_losses([head_prediction(*each, dtype) for each in zip(hidden, weights, targets, strict=True)])
+        loss.backward()  # type: ignore[no-untyped-call]
         for tensor in (*weights, *hidden):
             tensor.grad = None
 
