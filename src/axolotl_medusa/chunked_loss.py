@@ -203,7 +203,7 @@ class _Run:
             )
             total = total + found.loss * prediction.scale
             if (part.rows.start, part.rows.stop) in self._seen[part.prediction]:
-                continue  # a recomputation must not count twice
+                continue  # a recomputation: these rows are counted already
             correct = hits = None
             if wanted := prediction.accuracies:
                 correct = is_top_token(found.log_q, targets)
