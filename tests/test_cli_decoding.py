@@ -118,7 +118,10 @@ def test_tree_writes_a_tree_that_evaluate_reads(runs, capsys, tmp_path):
     table = out.splitlines()
     assert table[0].split() == ["nodes", "expected", "acceptance", "length", "step", "/", "plain", "step"]
     assert [row.split()[0] for row in table[1 : 1 + len(lengths)]] == [str(n) for n in range(1, len(lengths) + 1)]
-    assert table[-2] == facts["reasons"][-1]
+    assert facts["reasons"][-1] in table
+    assert facts["calibrated_on"] == 2 and len(facts["checked_on"]) == bool(facts["measured_speed_ups"])
+    for nodes, speed_up in facts["measured_speed_ups"].items():
+        assert f"{nodes} nodes measured: {speed_up:.3f} x plain on 1 held-out prompts (chosen with 2 others)" in table
     assert table[-1] == f"written to {tmp_path / 'tree.json'}: {tree.num_nodes} nodes, depth {tree.depth}"
     run(
         capsys, "evaluate", runs / "medusa-1", "--prompts", runs / "prompts.jsonl", "--limit", 1,
