@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._inductor.config
 from conftest import add_lora, make_model
-from decoding_models import fitted_heads, prompts, random_heads, varied_model
+from decoding_models import counting_heads, counting_model, fitted_heads, prompts, random_heads, varied_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
@@ -86,6 +86,19 @@ def test_rows_that_stopped_stay_and_change_nothing():
     tokens = medusa.generate(ids, mask, NEW, tree=chain(3), eos_token_id=eos, pad_token_id=0, compile=True)
     ends = [next((i for i, token in enumerate(row.tolist()) if token in eos), NEW) for row in tokens[:, 9:]]
     assert len(set(ends)) > 2, "rows must stop at different times in this test"
+
+
+@torch.no_grad()
+def test_rows_that_stopped_take_no_more_columns():
+    """All drafts are right, so a row that went on would grow by four columns a step."""
+    medusa = traced(counting_model(), counting_heads([True] * 3))
+    ids = torch.tensor([[1], [9]])
+    settings = dict(tree=chain(3), rule=accept_greedy, max_new_tokens=12, eos_token_ids=[12])
+    decoding = Decoding(medusa, ids, torch.ones_like(ids), **settings, compiled=medusa.compiled())
+    while decoding.rows:
+        decoding.step()
+    assert decoding.tokens == [list(range(2, 13)), [10, 11, 12]]
+    assert decoding.target.end.tolist() == [1 + 12, 1 + 4]
 
 
 @torch.no_grad()
