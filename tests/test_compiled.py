@@ -171,10 +171,23 @@ def test_decoders_that_run_at_the_same_time_have_caches_of_their_own():
     assert list(times.ratios) == [2, 3]
 
 
-def test_cache_is_used_again_for_the_next_text():
-    model = varied_model()
-    ids, mask = prompts(1)
-    compiled = traced(model, random_heads()).compiled()
+def test_cache_is_used_again_for_the_next_text_of_its_size():
+    medusa = traced(varied_model(), random_heads())
+    made = []
+    for begun in (NEW, 3, 2 * NEW):  # the second is left before its end
+        ids, mask = prompts(1)
+        decoding = Decoding(
+            medusa, ids, mask, tree=chain(2), rule=accept_greedy, max_new_tokens=begun, compiled=medusa.compiled()
+        )
+        made.append(id(decoding.target.cache))
+        with torch.no_grad():
+            decoding.step()
+        del decoding
+    assert len(set(made)) == 1 and len(medusa.compiled()._free) == 1
+
+
+def test_caches_have_as_many_columns_as_are_needed():
+    compiled = traced(varied_model(), random_heads()).compiled()
     cache, columns = compiled.cache(1, 10)
     assert columns == COLUMNS
     compiled.give_back(cache, 1, columns)

@@ -149,9 +149,7 @@ class Decoding:
                 self.stats.acceptance_lengths[len(cut)] += 1
             if end is None and len(self.tokens[row]) < self._max_new_tokens:
                 running.append(index)
-        if not running:
-            self.target.release()
-        elif len(running) < len(self.rows):
+        if running and len(running) < len(self.rows):
             self._leave(running)
         self.rows = [self.rows[index] for index in running]
         return emitted

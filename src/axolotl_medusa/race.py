@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, TextIO
@@ -97,9 +97,7 @@ def race(
             ),
         )
 
-    for runner in runners():
-        while not runner.done() and len(runner.tokens) < _WARM_UP_TOKENS:
-            runner.step()
+    _warm_up(runners())
     plain, medusa = runners()
     screen = _Screen(tokenizer, out)
     while running := [runner for runner in (plain, medusa) if not runner.done()]:
@@ -109,6 +107,12 @@ def race(
             screen.show(plain, medusa)
     screen.show(plain, medusa)
     out.write(f"{plain.line()}\n{medusa.line()}\n{_verdict(plain, medusa)}\n")
+
+
+def _warm_up(runners: Sequence[_Runner]) -> None:
+    for runner in runners:
+        while not runner.done() and len(runner.tokens) < _WARM_UP_TOKENS:
+            runner.step()
 
 
 def _verdict(plain: _Runner, medusa: _Runner) -> str:

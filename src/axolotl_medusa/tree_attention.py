@@ -11,6 +11,7 @@ Shapes: B rows, n nodes, W columns of the cache, H hidden size.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,6 +67,7 @@ class TargetCache:
         if compiled is not None:
             rows, prompt = attention_mask.shape
             self.cache, self._columns = compiled.cache(rows, prompt + room)
+            weakref.finalize(self, compiled.give_back, self.cache, rows, self._columns)
         self.start = attention_mask.shape[1] - attention_mask.sum(-1)
         self.end = torch.full_like(self.start, attention_mask.shape[1])
         self._ends: list[int] = self.end.tolist()
@@ -132,11 +134,6 @@ class TargetCache:
         for layer in self.cache.layers:
             layer.batch_select_indices(kept.to(layer.keys.device))
         self._end_columns()
-
-    def release(self) -> None:
-        """Gives a cache of fixed shapes back when no row runs any more."""
-        if self._compiled is not None and self._columns is not None:
-            self._compiled.give_back(self.cache, len(self._ends), self._columns)
 
     def _end_columns(self) -> None:
         """Lets the cache go on after the text."""
