@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,8 @@ USAGE = {
     "tree": ["heads", "--calibration", "prompts.jsonl", "--out", "tree.json"],
     "generate": ["heads", "--prompt", "Hello"],
     "chat": ["heads"],
+    "demo": ["heads"],
+    "plot": ["out"],
 }
 
 
@@ -194,3 +198,24 @@ def test_parsing_needs_nothing_large():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "axolotl_medusa.formats" in loaded
     assert not {"torch", "transformers", "safetensors", "axolotl", "peft", "huggingface_hub"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("logger", "message", "shown"),
+    [
+        ("torchao", "Failed to load /site/torchao/_C_mxfp8.so: Could not load this library", False),
+        ("torchao", "torchao is too old", True),
+        ("torch.utils._pytree", "<enum 'Kernel'> is an Enum subclass and is now natively supported", False),
+        ("torch.utils._pytree", "registered twice", True),
+        ("transformers", "Failed to load the model", True),
+    ],
+)
+def test_what_importing_torchao_says_does_not_bother_users(logger, message, shown, monkeypatch, caplog):
+    def run(options: argparse.Namespace) -> None:
+        logging.getLogger(logger).warning("%s", message)
+
+    monkeypatch.setitem(COMMANDS, "push", COMMANDS["push"]._replace(run=run))
+    for _ in range(2):
+        assert main(["push", "DIR", "--repo", "NAME"]) == 0
+    assert (message in caplog.text) is shown
+    assert len(logging.getLogger(logger).filters) <= 1

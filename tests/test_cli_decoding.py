@@ -118,7 +118,10 @@ def test_tree_writes_a_tree_that_evaluate_reads(runs, capsys, tmp_path):
     table = out.splitlines()
     assert table[0].split() == ["nodes", "expected", "acceptance", "length", "step", "/", "plain", "step"]
     assert [row.split()[0] for row in table[1 : 1 + len(lengths)]] == [str(n) for n in range(1, len(lengths) + 1)]
-    assert table[-2] == facts["reasons"][-1]
+    assert facts["reasons"][-1] in table
+    assert facts["calibrated_on"] == 2 and len(facts["checked_on"]) == bool(facts["measured_speed_ups"])
+    for nodes, speed_up in facts["measured_speed_ups"].items():
+        assert f"{nodes} nodes measured: {speed_up:.3f} x plain on 1 held-out prompts (chosen with 2 others)" in table
     assert table[-1] == f"written to {tmp_path / 'tree.json'}: {tree.num_nodes} nodes, depth {tree.depth}"
     run(
         capsys, "evaluate", runs / "medusa-1", "--prompts", runs / "prompts.jsonl", "--limit", 1,
@@ -172,13 +175,13 @@ def test_chat_reads_the_terminal(runs, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("option", "wanted"),
-    [("--load-in-8bit", {"load_in_8bit": True}), ("--load-in-4bit", {"load_in_4bit": True, "quant_type": "nf4"})],
+    [("--load-in-8bit", {"threshold": 0.0}), ("--load-in-4bit", {"quant_type": "nf4"})],
 )
 def test_quantization_reaches_the_loader(option, wanted, runs, capsys, monkeypatch):
     pytest.importorskip("bitsandbytes")
     given = {}
 
-    def refuse(heads, base_model, **options):
+    def refuse(heads, base_model, dtype, device, **options):
         given.update(options, base_model=base_model)
         raise ValueError("far enough")
 
@@ -188,12 +191,74 @@ def test_quantization_reaches_the_loader(option, wanted, runs, capsys, monkeypat
     config = given["quantization_config"]
     assert given["base_model"] == base
     assert (config.load_in_8bit, config.load_in_4bit) == (option == "--load-in-8bit", option == "--load-in-4bit")
+    assert config.llm_int8_threshold == wanted.get("threshold", config.llm_int8_threshold)
     assert config.bnb_4bit_quant_type == wanted.get("quant_type", config.bnb_4bit_quant_type)
+
+
+def test_8_bit_text_with_outliers_does_not_depend_on_the_tree(runs, capsys):
+    """Activations far above bitsandbytes' default threshold of 6, which would take other columns for every tree."""
+    pytest.importorskip("bitsandbytes")
+    base = varied_model(**VOCABULARY)
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.input_layernorm.weight.mul_(8)
+            layer.post_attention_layernorm.weight.mul_(8)
+    directory = runs / "outliers"
+    write_run(directory / "run", base, "medusa-1", save_base(directory / "base", base))
+    for folder in ("base", "run", "run/medusa_heads"):
+        make_tokenizer("zephyr").save_pretrained(directory / folder)
+    command = [
+        "generate",
+        directory / "run",
+        "--prompt",
+        "Hi",
+        "--max-new-tokens",
+        40,
+        "--load-in-8bit",
+        "--dtype",
+        "fp32",
+    ]
+    texts = {run(capsys, *command, "--tree", tree).out for tree in ("none", "chain", "default")}
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "evaluate"])
+def test_compile_reaches_the_decoder(command, runs, capsys, monkeypatch):
+    compiled = []
+
+    class Compiled:
+        def __init__(self, model, backend):
+            compiled.append(backend)
+            raise RuntimeError("nothing can be compiled")
+
+    monkeypatch.setattr("axolotl_medusa.generate.CompiledBackbone", Compiled)
+    monkeypatch.setattr("builtins.input", lambda _: "Hi")
+    options = {"generate": ["--prompt", "Hi"], "evaluate": ["--prompts", runs / "prompts.jsonl"], "chat": []}[command]
+    error = run(capsys, command, runs / "medusa-1", *options, "--compile", status=1).err
+    assert error.endswith(f"axolotl-medusa {command}: error: nothing can be compiled\n")
+    assert compiled == ["inductor"]
+
+
+@pytest.mark.parametrize(("option", "dtype"), [("auto", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+def test_dtype_reaches_the_loader(option, dtype, runs, capsys, tmp_path):
+    run(
+        capsys, "evaluate", runs / "medusa-1", "--prompts", runs / "prompts.jsonl", "--limit", 1, "--max-new-tokens", 2,
+        "--dtype", option, "--json", tmp_path / "report.json",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "report.json").read_text())["model"]["dtype"] == dtype
+
+
+def test_demo_shows_both_texts_and_the_speed_up(runs, capsys):
+    out = run(capsys, "demo", runs / "medusa-1", "--prompt", "Hi", "--max-new-tokens", 8).out.splitlines()
+    assert out[0].split() == ["plain", "|", "Medusa"]
+    assert out[-3].startswith("plain: 8 tokens, ") and out[-2].startswith("Medusa: 8 tokens, ")
+    assert out[-1].startswith("speed-up: ") and out[-1].endswith("x plain decoding, the same text")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["demo", "{runs}/medusa-1", "--prompt", "x" * 200], "tokens, but the model's context has 128: shorten it"),
         (["generate", "{runs}/none", "--prompt", "Hi"], "is not a directory: expected an output_dir"),
         (["generate", "{runs}/medusa-1", "--prompt", "Hi", "--tree", "oak"], "unknown tree oak: expected none, chain"),
         (["generate", "{runs}/medusa-1", "--prompt", "x" * 200], "tokens, but the model's context has 128: shorten it"),

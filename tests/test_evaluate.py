@@ -20,7 +20,7 @@ from axolotl_medusa.plain_decoding import PlainDecoding
 from axolotl_medusa.step_times import measure_steps
 from axolotl_medusa.tree import Tree, chain, default_tree
 from axolotl_medusa.tree_search import JointRanks, search_tree
-from axolotl_medusa.tree_tuning import largest_that_pays, tune_tree
+from axolotl_medusa.tree_tuning import CHECKED_PROMPTS, held_out, largest_that_pays, tune_tree
 
 TREES = {"chain": chain(5), "tree": Tree.from_choices([(0,), (1,)])}
 
@@ -232,6 +232,44 @@ def test_fastest_tree_is_taken_where_it_pays(clock):
     json.dumps(facts)
 
 
+def test_choice_is_checked_on_prompts_that_had_no_part_in_it(clock, monkeypatch):
+    asked = {"calibration": [], "check": []}
+    ranks, speed_up = tree_tuning.head_ranks, tree_tuning.measured_speed_up
+
+    def counted(model, prompt, *rest):
+        asked["calibration"].append(prompt[0])
+        return ranks(model, prompt, *rest)
+
+    def measured(model, prompts, *rest):
+        asked["check"] += [prompt.input_ids[0] for prompt in prompts]
+        return speed_up(model, prompts, *rest)
+
+    monkeypatch.setattr(tree_tuning, "head_ranks", counted)
+    monkeypatch.setattr(tree_tuning, "measured_speed_up", measured)
+    clock.seconds = lambda name, _: 0.5 if name == "run" else 1.0
+    rows = [PromptTokens(f"row {i}", [i]) for i in range(3, 15)]
+    tuned = tune_tree(counting([True, True, False]), rows, 3, 12)
+    assert asked == {"calibration": [3, 4, 6, 7, 8, 10, 11, 12, 14], "check": [5, 9, 13]}
+    assert (tuned.calibrated_on, tuned.checked_on) == (9, ("row 5", "row 9", "row 13"))
+    assert (tuned.facts()["calibrated_on"], tuned.facts()["checked_on"]) == (9, ["row 5", "row 9", "row 13"])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "checked"), [(2, 1), (3, 1), (7, 1), (8, 2), (12, 3), (100, CHECKED_PROMPTS), (33, CHECKED_PROMPTS)]
+)
+def test_a_quarter_of_the_prompts_is_held_out(prompts, checked):
+    rows = [PromptTokens(str(i), [i]) for i in range(prompts)]
+    calibrating, checking = held_out(rows)
+    assert len(checking) == checked
+    assert sorted(calibrating + checking, key=lambda row: int(row.id)) == rows
+    assert abs(sum(int(row.id) for row in checking) / checked - prompts / 2) <= 1
+
+
+def test_one_prompt_cannot_both_calibrate_and_check():
+    with pytest.raises(ValueError, match=r"there are 1 calibration prompts, expected at least 2: one is held out"):
+        tune_tree(counting([True]), [PromptTokens("a", [3])], 8, 12)
+
+
 def test_no_tree_is_taken_where_steps_cost_too_much(clock):
     tuned = tune(clock, step=5.0, decoded=0.5)
     assert (tuned.tree, tuned.speed_ups) == (Tree(), {})
@@ -277,4 +315,4 @@ def test_an_answer_that_ends_at_once_cannot_calibrate():
     model = make_model("llama", vocab_size=16, eos_token_id=None).eval()
     medusa = MedusaModel(model, counting_heads([True]))
     with pytest.raises(ValueError, match="0 calibration positions were counted"):
-        tune_tree(medusa, [PromptTokens("a", [3])], 8, 1)
+        tune_tree(medusa, [PromptTokens("a", [3]), PromptTokens("b", [4])], 8, 1)

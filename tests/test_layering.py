@@ -22,6 +22,7 @@ EVERY = {
     "chat_prompts",
     "checkpoint",
     "cli_decoding",
+    "compiled",
     "data",
     "decoding",
     "evaluate",
@@ -41,10 +42,12 @@ EVERY = {
     "plugin",
     "push",
     "quality",
+    "race",
     "sources",
     "step_times",
     "tensor_files",
     "trainer",
+    "training_plots",
     "tree",
     "tree_attention",
     "tree_search",
@@ -76,16 +79,19 @@ MAY_IMPORT = {
     "push": set(),
     "tree_search": {"tree"},
     "acceptance": {"tree"},
-    "tree_attention": {"acceptance", "heads", "tree"},
-    "decoding": {"acceptance", "tree", "tree_attention"},
+    "compiled": {"heads"},
+    "tree_attention": {"acceptance", "compiled", "heads", "tree"},
+    "decoding": {"acceptance", "compiled", "tree", "tree_attention"},
     "load_target": {"backbone", "checkpoint", "heads", "sources"},
-    "generate": {"acceptance", "decoding", "heads", "load_target", "tree", "tree_attention"},
+    "generate": {"acceptance", "compiled", "decoding", "heads", "load_target", "tree", "tree_attention"},
     "chat_prompts": set(),
     "plots": set(),
+    "training_plots": {"plots"},
     "quality": {"heads"},
     "plain_decoding": {"heads"},
     "load_decoder": {"generate", "sources"},
     "chat": {"chat_prompts", "decoding", "generate", "tree"},
+    "race": {"acceptance", "decoding", "generate", "heads", "plain_decoding", "step_times", "tree"},
     "step_times": {"acceptance", "decoding", "generate", "heads", "plain_decoding", "tree"},
     "calibration": {"generate", "heads", "tree", "tree_search"},
     "evaluate": {"acceptance", "calibration", "decoding", "generate", "heads", "plain_decoding", "step_times", "tree"},
@@ -103,7 +109,18 @@ LAZY = {"__init__", "cli"}
 INSTALLED = {"pydantic", "safetensors", "torch", "transformers"}
 """What `install_requires` brings; anything else must be imported where it is used."""
 
-STAYS_LIGHT = {"args", "chat_prompts", "data", "formats", "model_card", "plots", "push", "tree", "tree_search"}
+STAYS_LIGHT = {
+    "args",
+    "chat_prompts",
+    "data",
+    "formats",
+    "model_card",
+    "plots",
+    "push",
+    "training_plots",
+    "tree",
+    "tree_search",
+}
 """Modules that import neither torch nor transformers when they are imported."""
 
 

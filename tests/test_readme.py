@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from axolotl_medusa.args import MedusaArgs
 
@@ -33,6 +34,41 @@ def test_readme_results_are_those_of_the_committed_json():
     assert f"{minutes:.1f} minutes" in README
     for name, speed in demo["tokens_per_s"].items():
         assert f"{speed:.0f}" in README, name
+
+
+def results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_readme_decoding_figures_are_those_of_the_committed_json():
+    one, half = results("evaluate"), results("evaluate_bf16")
+    for report in (one, half):
+        decoders, ratios = report["overall"]["decoders"], report["steps"]["ratios"]
+        said = [f"{ratios['4']:.2f}", f"{ratios['64']:.2f}", f"{decoders['chain']['speed_up']:.2f}"]
+        said += [f"{report['overall']['prompts']} ", f"{report['max_new_tokens']} tokens"]
+        assert all(figure in README for figure in said), said
+    assert f"{one['overall']['decoders']['tree']['acceptance_length']:.3f}" in README
+    assert f"{1 - half['overall']['decoders']['chain']['agreement']:.0%} of the texts" in README
+
+
+def test_a_decoding_step_costs_no_more_than_it_may():
+    """At most 1.15 plain forwards of as many tokens plus the heads, in every measured type and size."""
+    runs = results("decoding_step")
+    assert [run["model"]["dtype"] for run in runs] == ["float32", "bfloat16"]
+    for run in runs:
+        assert [size["nodes"] for size in run["sizes"]] == [1, 4, 8, 16, 32, 64]
+        assert all(size["step_to_allowed"] <= 1 for size in run["sizes"])
+        worst = max(size["step_without_heads_to_plain"] for size in run["sizes"])
+        kind = {"float32": "fp32", "bfloat16": "bf16"}[run["model"]["dtype"]]
+        assert f"{worst:.2f} ({kind})" in README
+
+
+def test_results_of_the_quality_check_are_those_the_results_readme_names():
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    gentle, strong = (run["quality"] for run in results("quality"))
+    for value in (gentle["original_perplexity"], gentle["perplexity"], strong["perplexity"]):
+        assert f"{value:.3f}" in text
+    assert gentle["kl"] < 0.01 < strong["kl"]
 
 
 def test_readme_lists_every_key_of_the_yaml():

@@ -80,6 +80,7 @@ class Answerer:
         max_new_tokens: Tokens per answer at most; fewer where the model's context ends.
         out: Where answers are printed.
         colour: Whether accepted draft tokens are coloured.
+        compile: Whether the forward that verifies a tree is compiled.
     """
 
     model: MedusaModel
@@ -89,6 +90,7 @@ class Answerer:
     max_new_tokens: int
     out: TextIO
     colour: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -118,6 +120,7 @@ class Answerer:
             temperature=self.temperature or 1.0,
             streamer=printer,
             return_stats=True,
+            compile=self.compile,
         )
         sequences, stats = cast(tuple[Tensor, GenerationStats], generated)
         seconds = time.perf_counter() - begin

@@ -12,6 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+DEMO_PROMPT = "Write a short story about a salamander that keeps a lighthouse."
+
+_NOISE = {"torchao": "Failed to load ", "torch.utils._pytree": " is an Enum subclass "}
+"""By logger what is said in every process where torchao is installed, whether it is used or not: its optional kernels for
+other GPUs, and its own use of torch."""
+
 
 class Command(NamedTuple):
     """One subcommand.
@@ -85,7 +91,16 @@ def _decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) ->
     """What all commands that decode have in common."""
     parser.add_argument("heads", metavar="HEADS", help="an output_dir, a checkpoint in it, or a medusa_heads")
     parser.add_argument("--base-model", metavar="M", help="directory or Hub name; by default what training wrote down")
-    parser.add_argument("--load-in-8bit", action="store_true", help="hold the model in 8-bit (needs bitsandbytes)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of the model (default: as it is stored)",
+    )
+    eight = (
+        "hold the model in 8-bit (needs bitsandbytes); without its outlier threshold, whose text depends on the batch"
+    )
+    parser.add_argument("--load-in-8bit", action="store_true", help=eight)
     parser.add_argument("--load-in-4bit", action="store_true", help="hold the model in 4-bit (needs bitsandbytes)")
     parser.add_argument(
         "--max-new-tokens",
@@ -101,9 +116,15 @@ def _tree_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tree", metavar="T", help=help_)
 
 
+def _compile_argument(parser: argparse.ArgumentParser) -> None:
+    help_ = "compile the forward that verifies a tree; begins slowly (needs a C++ compiler; CUDA graphs on a GPU)"
+    parser.add_argument("--compile", action="store_true", help=help_)
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _decoding_arguments(parser, max_new_tokens=128)
     _tree_argument(parser)
+    _compile_argument(parser)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL: id, prompt or messages, category")
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N prompts")
     parser.add_argument("--json", metavar="OUT", help="write the whole report here")
@@ -144,6 +165,7 @@ def _tree(options: argparse.Namespace) -> None:
 def _answer_arguments(parser: argparse.ArgumentParser) -> None:
     _decoding_arguments(parser, max_new_tokens=512)
     _tree_argument(parser)
+    _compile_argument(parser)
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0: greedy; above: exact sampling (default: 0)"
     )
@@ -166,6 +188,31 @@ def _chat(options: argparse.Namespace) -> None:
     run_chat(options)
 
 
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    _decoding_arguments(parser, max_new_tokens=128)
+    _tree_argument(parser)
+    _compile_argument(parser)
+    parser.add_argument("--prompt", default=DEMO_PROMPT, help=f"a user's turn (default: {DEMO_PROMPT})")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from axolotl_medusa.cli_decoding import run_demo
+
+    run_demo(options)
+
+
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="what training writes to, or a checkpoint in it")
+    parser.add_argument("--out", metavar="DIR", help="where to draw PNG files (default: OUTPUT_DIR; needs matplotlib)")
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from axolotl_medusa.training_plots import write_training_plots
+
+    for file in write_training_plots(options.output_dir, options.out or options.output_dir):
+        print(f"plot: {file}")
+
+
 COMMANDS = {
     "export": Command("write trained heads in the format of a server", _export_arguments, _export),
     "import": Command("turn published heads into what training writes", _import_arguments, _import),
@@ -174,6 +221,8 @@ COMMANDS = {
     "tree": Command("find the candidate tree that is fastest on this machine", _tree_arguments, _tree),
     "generate": Command("answer a prompt with Medusa decoding", _generate_arguments, _generate),
     "chat": Command("chat in the terminal with Medusa decoding", _answer_arguments, _chat),
+    "demo": Command("show plain and Medusa decoding of a prompt beside each other", _demo_arguments, _demo),
+    "plot": Command("draw losses and accuracies of a training run", _plot_arguments, _plot),
 }
 
 
@@ -196,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("axolotl_medusa").setLevel(logging.INFO)
+    for name in _NOISE:
+        logging.getLogger(name).addFilter(_is_no_noise)
     try:
         COMMANDS[options.command].run(options)
     except (ValueError, OSError, RuntimeError) as error:
@@ -205,3 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return _NOISE[record.name] not in record.getMessage()

@@ -1,4 +1,4 @@
-"""What the commands `evaluate`, `tree`, `generate` and `chat` do once their arguments are parsed.
+"""What the commands `evaluate`, `tree`, `generate`, `chat` and `demo` do once their arguments are parsed.
 
 Contract: reads and writes the files that the arguments name, calls the package, prints for a user.
 """
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from axolotl_medusa.chat import Answerer, Chat
-from axolotl_medusa.chat_prompts import conversation_tokens, prompt_tokens, read_prompts
-from axolotl_medusa.evaluate import PromptTokens, environment, evaluate
+from axolotl_medusa.chat_prompts import Prompt, conversation_tokens, prompt_tokens, read_prompts
+from axolotl_medusa.evaluate import PromptTokens, check_fits, environment, evaluate
 from axolotl_medusa.generate import MedusaModel
 from axolotl_medusa.heads import causal_lm
 from axolotl_medusa.load_decoder import load_decoder, load_original
 from axolotl_medusa.plots import check_matplotlib, write_plots
 from axolotl_medusa.quality import compare_backbones
+from axolotl_medusa.race import race
 from axolotl_medusa.step_times import SIZES, StepTimes, measure_steps
 from axolotl_medusa.tree import DEFAULT_TOP_K, chain, default_tree, write_tree
 from axolotl_medusa.tree_tuning import TunedTree, tune_tree
@@ -35,12 +36,14 @@ def run_evaluate(options: argparse.Namespace) -> None:
     prompts = read_prompts(options.prompts, options.limit)
     held_out = read_prompts(options.held_out) if options.held_out else []
     model, tokenizer = _load(options)
+    if options.compile:
+        model.compiled()  # refuses what cannot be compiled before anything is measured
     torch.manual_seed(options.seed)
     tokens = [PromptTokens(row.id, prompt_tokens(tokenizer, row), row.category) for row in prompts]
     trees = {"chain": chain(model.heads.num_heads), "tree": model.tree(options.tree)}
     report = {"heads": str(options.heads), "prompts_file": str(options.prompts), **environment(model)}
-    report |= evaluate(model, tokens, trees, options.max_new_tokens)
-    times = _step_times(model, tokens)
+    report |= evaluate(model, tokens, trees, options.max_new_tokens, options.compile)
+    times = _step_times(model, tokens, options.compile)
     report["steps"] = dataclasses.asdict(times)
     if held_out:
         device = causal_lm(model.base_model).get_input_embeddings().weight.device
@@ -55,12 +58,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
         print(f"plot: {file}")
 
 
-def _step_times(model: MedusaModel, prompts: list[PromptTokens]) -> StepTimes:
+def _step_times(model: MedusaModel, prompts: list[PromptTokens], compile: bool) -> StepTimes:
     """Steps with default trees of all `SIZES` that the heads can fill, after the prompt of median length."""
     top_k = min(DEFAULT_TOP_K, model.heads.vocab_size)
     trees = [default_tree(model.heads.num_heads, nodes, top_k) for nodes in SIZES]
     middle = sorted(prompts, key=lambda prompt: len(prompt.input_ids))[len(prompts) // 2]
-    return measure_steps(model, middle.input_ids, trees)
+    return measure_steps(model, middle.input_ids, trees, compile=compile)
 
 
 def _print_report(report: Mapping[str, Any], times: StepTimes) -> None:
@@ -107,6 +110,9 @@ def _print_tuned(tuned: TunedTree) -> None:
         print(f"{nodes:5}  {length:26.3f}  {'' if ratio is None else f'{ratio:17.3f}'}".rstrip())
     for reason in tuned.reasons:
         print(reason)
+    for nodes, speed_up in tuned.speed_ups.items():
+        where = f"{len(tuned.checked_on)} held-out prompts (chosen with {tuned.calibrated_on} others)"
+        print(f"{nodes} nodes measured: {speed_up:.3f} x plain on {where}")
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -124,12 +130,33 @@ def run_chat(options: argparse.Namespace) -> None:
     Chat(answerer, input).run()
 
 
+def run_demo(options: argparse.Namespace) -> None:
+    """Decodes a prompt plainly and with the heads, beside each other."""
+    model, tokenizer = _load(options)
+    tokens = prompt_tokens(tokenizer, Prompt("given", ({"role": "user", "content": options.prompt},)))
+    check_fits(model, [PromptTokens("given", tokens)], options.max_new_tokens)
+    tree = model.tree(options.tree)
+    race(model, tokenizer, tokens, tree, options.max_new_tokens, sys.stdout, options.compile)
+
+
 def _answerer(options: argparse.Namespace, model: MedusaModel, tokenizer: Any) -> Answerer:
     tree = model.tree(options.tree)
-    return Answerer(model, tokenizer, tree, options.temperature, options.max_new_tokens, sys.stdout)
+    return Answerer(
+        model,
+        tokenizer,
+        tree,
+        options.temperature,
+        options.max_new_tokens,
+        sys.stdout,
+        compile=options.compile,
+    )
 
 
 def _load(options: argparse.Namespace) -> tuple[MedusaModel, Any]:
     return load_decoder(
-        options.heads, options.base_model, load_in_8bit=options.load_in_8bit, load_in_4bit=options.load_in_4bit
+        options.heads,
+        options.base_model,
+        dtype=options.dtype,
+        load_in_8bit=options.load_in_8bit,
+        load_in_4bit=options.load_in_4bit,
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_medusa.acceptance import AcceptanceRule, tree_tensors
+from axolotl_medusa.compiled import CompiledBackbone
 from axolotl_medusa.tree import Tree
 from axolotl_medusa.tree_attention import TargetCache
 
@@ -65,10 +66,12 @@ class Decoding:
         rule: Which draft tokens are accepted.
         max_new_tokens: Tokens that a row gets at most, at least 1.
         eos_token_ids: Tokens after which a row stops.
+        compiled: Verifies the trees, with fixed shapes, in place of the model's own backbone.
 
     Attributes:
         tokens: New tokens of every prompt.
-        rows: Prompts that still run, in the order in which they are rows of the cache.
+        rows: Prompts that still run, in the order in which they are rows of the cache; a compiled target keeps those that
+            stopped as rows too.
         target: The target's cache.
         stats: What it has taken so far.
     """
@@ -83,10 +86,12 @@ class Decoding:
         rule: AcceptanceRule,
         max_new_tokens: int,
         eos_token_ids: Collection[int] = (),
+        compiled: CompiledBackbone | None = None,
     ) -> None:
         self.tokens: list[list[int]] = [[] for _ in input_ids]
         self.rows = list(range(len(input_ids)))
-        self.target = TargetCache(model.base_model, attention_mask)
+        self._cache_rows = self.rows  # where those are in the cache
+        self.target = TargetCache(model.base_model, attention_mask, compiled, max_new_tokens + tree.num_nodes)
         self.stats = GenerationStats()
         self._model, self._rule = model, rule
         self._tree, self._root_alone = tree_tensors(tree, input_ids.device), tree_tensors(Tree(), input_ids.device)
@@ -112,10 +117,11 @@ class Decoding:
         self._hidden = hidden[torch.arange(len(hidden), device=hidden.device), accepted.node]
         self._roots = accepted.token
         new = [
-            [*(drafts[node - 1][row] for node in tree.tree.paths[last][1:]), own[row]] for row, last in enumerate(nodes)
+            [*(drafts[node - 1][row] for node in tree.tree.paths[nodes[row]][1:]), own[row]] for row in self._cache_rows
         ]
         if self._prompts is None:
-            self.target.keep(nodes, tree)
+            running = set(self._cache_rows)
+            self.target.keep([node if row in running else None for row, node in enumerate(nodes)], tree)
         return self._emit(new)
 
     def _candidates(self) -> Tensor:
@@ -144,10 +150,18 @@ class Decoding:
             if end is None and len(self.tokens[row]) < self._max_new_tokens:
                 running.append(index)
         if running and len(running) < len(self.rows):
-            self.target.select_rows(running)
-            self._hidden, self._roots = self._hidden[running], self._roots[running]
+            self._leave(running)
         self.rows = [self.rows[index] for index in running]
         return emitted
+
+    def _leave(self, running: list[int]) -> None:
+        """Lets all rows but those at the indices `running` leave; where shapes are fixed they are only left alone."""
+        if self.target.keeps_rows:
+            self._cache_rows = [self._cache_rows[index] for index in running]
+            return
+        self.target.select_rows(running)
+        self._hidden, self._roots = self._hidden[running], self._roots[running]
+        self._cache_rows = list(range(len(running)))
 
 
 def check_prompts(input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, context: int | None) -> None:

@@ -31,7 +31,7 @@ PLAIN = "plain"
 """The baseline's name among decoders."""
 
 _VERSIONS_OF = ("axolotl-medusa", "transformers", "peft", "bitsandbytes")
-_WARM_UP_TOKENS = 4
+_WARM_UP_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,11 @@ class _Group:
 
 
 def evaluate(
-    model: MedusaModel, prompts: Sequence[PromptTokens], trees: Mapping[str, Tree], max_new_tokens: int = 128
+    model: MedusaModel,
+    prompts: Sequence[PromptTokens],
+    trees: Mapping[str, Tree],
+    max_new_tokens: int = 128,
+    compile: bool = False,
 ) -> dict[str, Any]:
     """Evaluates heads on prompts.
 
@@ -87,6 +91,7 @@ def evaluate(
         prompts: Prompts; each is decoded alone.
         trees: Candidate trees by name; plain decoding is added as `plain`.
         max_new_tokens: Tokens per prompt at most.
+        compile: Whether the trees' forwards are compiled; plain decoding never is.
 
     Returns:
         `overall` and `categories`, each group with `prompts`, `heads` (top-1 to top-5 accuracy on the plain continuations,
@@ -100,7 +105,7 @@ def evaluate(
     top_k = min(DEFAULT_TOP_K, model.heads.vocab_size)
     groups: dict[str | None, _Group] = {}
     for number, prompt in enumerate(prompts):
-        runs = decode_in_turn(model, prompt.input_ids, trees, max_new_tokens, first=number)
+        runs = decode_in_turn(model, prompt.input_ids, trees, max_new_tokens, first=number, compile=compile)
         plain = runs[PLAIN].tokens
         ranks = head_ranks(model, prompt.input_ids, plain, top_k)
         for category in {None, prompt.category}:
@@ -112,6 +117,7 @@ def evaluate(
     return {
         "trees": {name: [list(choice) for choice in tree.choices] for name, tree in trees.items()},
         "max_new_tokens": max_new_tokens,
+        "compiled": compile,
         "overall": _summary(overall),
         "categories": {
             str(name): _summary(group) for name, group in sorted(groups.items(), key=lambda item: str(item[0]))
@@ -137,7 +143,12 @@ def check_fits(model: MedusaModel, prompts: Sequence[PromptTokens], max_new_toke
 
 @torch.no_grad()
 def decode_in_turn(
-    model: MedusaModel, prompt: Sequence[int], trees: Mapping[str, Tree], max_new_tokens: int, first: int = 0
+    model: MedusaModel,
+    prompt: Sequence[int],
+    trees: Mapping[str, Tree],
+    max_new_tokens: int,
+    first: int = 0,
+    compile: bool = False,
 ) -> dict[str, Decoded]:
     """Decodes one prompt plainly and with every tree, one after the other.
 
@@ -147,45 +158,50 @@ def decode_in_turn(
         trees: Candidate trees by name.
         max_new_tokens: Tokens to write at most.
         first: Which decoder begins, counted round; every one is run shortly before when it is 0, to warm up.
+        compile: Whether the trees' forwards are compiled; then every prompt is run shortly before, since a longer one may
+            need another compiled forward.
     """
     names = [PLAIN, *trees]
-    if first == 0:
+
+    def run(name: str, steps: int | None = None) -> Decoded:
+        return _decode(model, prompt, trees.get(name), max_new_tokens, compile, steps)
+
+    if first == 0 or compile:
         for name in names:
-            _decode(model, prompt, trees.get(name), min(_WARM_UP_TOKENS, max_new_tokens))
+            run(name, _WARM_UP_STEPS)
     start = first % len(names)
-    runs = {name: _decode(model, prompt, trees.get(name), max_new_tokens) for name in names[start:] + names[:start]}
+    runs = {name: run(name) for name in names[start:] + names[:start]}
     return {name: runs[name] for name in names}
 
 
-def _decode(model: MedusaModel, prompt: Sequence[int], tree: Tree | None, max_new_tokens: int) -> Decoded:
-    """Decodes a prompt greedily, plainly where `tree` is None."""
-    lm = causal_lm(model.base_model)
-    input_ids = torch.tensor([list(prompt)], device=lm.get_input_embeddings().weight.device)
-    eos = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
-    eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+def _decode(
+    model: MedusaModel, prompt: Sequence[int], tree: Tree | None, max_new_tokens: int, compile: bool, steps: int | None
+) -> Decoded:
+    """Decodes a prompt greedily, plainly where `tree` is None; `steps` ends it early."""
+    input_ids = torch.tensor([list(prompt)], device=causal_lm(model.base_model).get_input_embeddings().weight.device)
     if tree is None:
-        plain = PlainDecoding(model.base_model, input_ids, max_new_tokens, eos_token_ids)
+        plain = PlainDecoding(model.base_model, input_ids, max_new_tokens, model.eos_token_ids)
 
         def run_plain() -> None:
-            while not plain.done:
+            while not plain.done and len(plain.tokens) != steps:
                 plain.step()
 
         seconds = timed(run_plain, input_ids)
         tokens = len(plain.tokens)
         return Decoded(plain.tokens, seconds, GenerationStats(tokens, tokens, tokens, Counter({1: tokens - 1})))
-    mask = torch.ones_like(input_ids)
     decoding = Decoding(
         model,
         input_ids,
-        mask,
+        torch.ones_like(input_ids),
         tree=tree,
         rule=accept_greedy,
         max_new_tokens=max_new_tokens,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=model.eos_token_ids,
+        compiled=model.compiled() if compile else None,
     )
 
     def run() -> None:
-        while decoding.rows:
+        while decoding.rows and decoding.stats.batch_forwards != steps:
             decoding.step()
 
     seconds = timed(run, input_ids)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_medusa.acceptance import Acceptance, acceptance_rule
+from axolotl_medusa.compiled import CompiledBackbone
 from axolotl_medusa.decoding import Decoding, GenerationStats, check_prompts
 from axolotl_medusa.heads import MedusaHeads, causal_lm, frozen_output_embedding, logit_transform, output_embedding
 from axolotl_medusa.load_target import check_sizes, load_target
@@ -51,6 +52,8 @@ class MedusaModel:
         dtype = weight.dtype if weight.is_floating_point() else causal_lm(base_model).dtype
         self.heads = heads.to(device=weight.device, dtype=dtype).eval()
         self._transform = logit_transform(causal_lm(base_model).config)
+        self._compile_backend = "inductor"
+        self._compiled: CompiledBackbone | None = None
 
     @classmethod
     def from_pretrained(
@@ -81,6 +84,22 @@ class MedusaModel:
         """Positions that the model has, None where its configuration names no limit."""
         config = causal_lm(self.base_model).config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end a text, from the generation config."""
+        eos = getattr(getattr(causal_lm(self.base_model), "generation_config", None), "eos_token_id", None)
+        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+    def compiled(self) -> CompiledBackbone:
+        """The backbone under `torch.compile`, one for all decodings: what is compiled once is used again.
+
+        Raises:
+            ValueError: The model is quantized.
+        """
+        if self._compiled is None:
+            self._compiled = CompiledBackbone(self.base_model, self._compile_backend)
+        return self._compiled
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The target's logits, `[..., vocab_size]`, of hidden states after the final norm, `[..., hidden_size]`."""
@@ -135,6 +154,7 @@ class MedusaModel:
         pad_token_id: int | None = None,
         streamer: Streamer | None = None,
         return_stats: bool = False,
+        compile: bool = False,
     ) -> Tensor | tuple[Tensor, GenerationStats]:
         """Continues prompts, as transformers' `generate` does and with its argument names.
 
@@ -160,12 +180,17 @@ class MedusaModel:
             pad_token_id: What fills rows that ended early; by default the generation config's, else the first EOS token.
             streamer: Gets the prompt and then the tokens of every step; for one prompt.
             return_stats: Whether to return what it took too.
+            compile: Whether `torch.compile` compiles the forward that verifies a tree, over a cache of fixed shapes: the first
+                steps take a minute or more, later ones of the same shape less time; rounding may differ in the last bit. On
+                a GPU CUDA graphs are used too, which was not measured.
 
         Returns:
             Prompts and new tokens, `[batch, prompt + new]`; with `return_stats` a pair of that and the stats.
 
         Raises:
-            ValueError: Prompts are empty or too long, the tree is unknown, or settings contradict each other.
+            ValueError: Prompts are empty or too long, the tree is unknown, settings contradict each other, or a quantized
+                model is to be compiled.
+            RuntimeError: Nothing can be compiled here.
         """
         rule = acceptance_rule(acceptance, do_sample, temperature, epsilon, delta)
         eos_token_ids, pad_token_id = self._special_tokens(eos_token_id, pad_token_id)
@@ -183,6 +208,7 @@ class MedusaModel:
             rule=rule,
             max_new_tokens=max_new_tokens,
             eos_token_ids=eos_token_ids,
+            compiled=self.compiled() if compile else None,
         )
         if streamer is not None:
             streamer.put(input_ids.cpu())
@@ -198,9 +224,8 @@ class MedusaModel:
     def _special_tokens(self, eos: int | Sequence[int] | None, pad: int | None) -> tuple[list[int], int | None]:
         """EOS tokens and the padding token, from the generation config where they are not given."""
         config = getattr(causal_lm(self.base_model), "generation_config", None)
-        eos = getattr(config, "eos_token_id", None) if eos is None else eos
         pad = getattr(config, "pad_token_id", None) if pad is None else pad
-        eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        eos_token_ids = self.eos_token_ids if eos is None else [eos] if isinstance(eos, int) else list(eos)
         return eos_token_ids, eos_token_ids[0] if pad is None and eos_token_ids else pad
 
 

@@ -13,16 +13,30 @@ import torch
 from axolotl_medusa.generate import MedusaModel
 from axolotl_medusa.sources import find_source
 
+DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Types to load a model in, `auto` for the one that it is stored in."""
+
 
 def load_decoder(
-    heads: str | Path, base_model: str | None = None, *, load_in_8bit: bool = False, load_in_4bit: bool = False
+    heads: str | Path,
+    base_model: str | None = None,
+    *,
+    dtype: str = "auto",
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
 ) -> tuple[MedusaModel, Any]:
     """Loads a model with its heads, on the GPU if there is one, and the tokenizer.
 
     Args:
         heads: A canonical directory, an output_dir or a checkpoint.
         base_model: Directory or Hub name of the base model; by default what training wrote down.
-        load_in_8bit: Whether bitsandbytes holds the model in 8-bit.
+        dtype: One of `DTYPES`; of a quantized model what is not quantized.
+        load_in_8bit: Whether bitsandbytes holds the model in 8-bit, without its outlier threshold.
         load_in_4bit: Whether bitsandbytes holds the model in 4-bit (NF4).
 
     Raises:
@@ -35,7 +49,7 @@ def load_decoder(
         options["quantization_config"] = _quantization(load_in_8bit, load_in_4bit)
         options["device_map"], device = device and {"": 0}, None
     tokenizer = load_tokenizer(heads, base_model)
-    return MedusaModel.from_pretrained(heads, base_model, device=device, **options), tokenizer
+    return MedusaModel.from_pretrained(heads, base_model, DTYPES[dtype], device, **options), tokenizer
 
 
 def load_tokenizer(heads: str | Path, base_model: str | None = None) -> Any:
@@ -101,5 +115,7 @@ def _quantization(load_in_8bit: bool, load_in_4bit: bool) -> Any:
     from transformers import BitsAndBytesConfig
 
     if load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        # Columns above the threshold are looked for in the whole batch: a token would depend on what else is forwarded with it,
+        # so that a tree's text would not be that of plain decoding.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

@@ -5,7 +5,7 @@ Contract: reads the report that `evaluate` makes and nothing else; matplotlib is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def write_plots(report: Mapping[str, Any], directory: str | Path) -> list[Path]:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     draw = (_accuracies, _accepted_lengths, _speed_ups)
-    return [_save(directory / name, one, report) for name, one in zip(PLOTS, draw, strict=True)]
+    return [save_plot(directory / name, one, report) for name, one in zip(PLOTS, draw, strict=True)]
 
 
 def check_matplotlib() -> None:
@@ -44,12 +44,13 @@ def check_matplotlib() -> None:
         raise RuntimeError("plots need matplotlib, which is not installed: pip install matplotlib") from error
 
 
-def _save(file: Path, draw: Any, report: Mapping[str, Any]) -> Path:
+def save_plot(file: Path, draw: Callable[[Any, Any], None], what: Any) -> Path:
+    """Draws one figure with `draw(axes, what)` and a legend, and returns its file."""
     from matplotlib.figure import Figure  # without pyplot no display and no global state is needed
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.add_subplot()
-    draw(axes, report)
+    draw(axes, what)
     axes.legend()
     figure.savefig(file, dpi=150)
     return file

@@ -52,7 +52,7 @@ class StepTimes:
 
 @torch.no_grad()
 def measure_steps(
-    model: MedusaModel, input_ids: Sequence[int], trees: Sequence[Tree], rounds: int = ROUNDS
+    model: MedusaModel, input_ids: Sequence[int], trees: Sequence[Tree], rounds: int = ROUNDS, compile: bool = False
 ) -> StepTimes:
     """Times one step of every tree and a plain one, in turn, `rounds` times.
 
@@ -61,6 +61,7 @@ def measure_steps(
         input_ids: A prompt that fills the cache; its end is cut off where the model's context has no room for the steps.
         trees: Trees of different sizes.
         rounds: Rounds to measure, at least 1.
+        compile: Whether the trees' forwards are compiled.
 
     Raises:
         ValueError: The model's context is too short for the steps alone.
@@ -75,7 +76,13 @@ def measure_steps(
     plain = PlainDecoding(model.base_model, prompt, new_tokens)
     decoders = {
         tree.num_nodes: Decoding(
-            model, prompt, torch.ones_like(prompt), tree=tree, rule=accept_greedy, max_new_tokens=new_tokens
+            model,
+            prompt,
+            torch.ones_like(prompt),
+            tree=tree,
+            rule=accept_greedy,
+            max_new_tokens=new_tokens,
+            compiled=model.compiled() if compile else None,
         )
         for tree in trees
     }

@@ -11,14 +11,16 @@ Shapes: B rows, n nodes, W columns of the cache, H hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from axolotl_medusa.acceptance import TreeTensors, tree_tensors
+from axolotl_medusa.compiled import CompiledBackbone
 from axolotl_medusa.heads import backbone, causal_lm
 from axolotl_medusa.tree import Tree
 
@@ -42,6 +44,8 @@ class TargetCache:
     Args:
         model: The target, possibly wrapped by peft.
         attention_mask: 1 for the prompts' tokens, 0 for left padding, `[B, prompt]`.
+        compiled: Verifies trees in place of the model's own backbone, over a cache of fixed shapes.
+        room: Columns that such a cache has after the prompt at least.
 
     Attributes:
         cache: Transformers' own cache.
@@ -49,23 +53,34 @@ class TargetCache:
         end: Column after the last of every row, `[B]`.
     """
 
-    def __init__(self, model: nn.Module, attention_mask: Tensor) -> None:
-        self._backbone = backbone(model)
+    def __init__(
+        self, model: nn.Module, attention_mask: Tensor, compiled: CompiledBackbone | None = None, room: int = 0
+    ) -> None:
+        self._backbone, self._compiled = backbone(model), compiled
         self._config = causal_lm(model).config.get_text_config()
         self._dtype = causal_lm(model).dtype
         self._window = sliding_window(self._config)
         self._padding = attention_mask if not bool(attention_mask.all()) else None
-        self.cache = (
-            DynamicCache()
-        )  # without a config no layer drops what a sliding window no longer sees: trees need it
+        # Neither cache drops what a sliding window no longer sees (a DynamicCache would with a config): trees need it.
+        self.cache: Cache = DynamicCache()
+        self._columns: int | None = None
+        if compiled is not None:
+            rows, prompt = attention_mask.shape
+            self.cache, self._columns = compiled.cache(rows, prompt + room)
+            weakref.finalize(self, compiled.give_back, self.cache, rows, self._columns)
         self.start = attention_mask.shape[1] - attention_mask.sum(-1)
         self.end = torch.full_like(self.start, attention_mask.shape[1])
         self._ends: list[int] = self.end.tolist()
 
     @property
     def width(self) -> int:
-        """Columns W of the cache."""
-        return int(self.cache.get_seq_length())
+        """Columns W of the text, with all rows'."""
+        return max(self._ends)
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether rows that stopped stay in the cache."""
+        return self._compiled is not None
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Forwards the prompts, `[B, prompt]`.
@@ -75,7 +90,7 @@ class TargetCache:
         """
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = (columns - self.start[:, None]).clamp(min=0)
-        return self._forward(input_ids, self._padding, positions)[:, -1:]
+        return self._forward(self._own, input_ids, self._padding, positions)[:, -1:]
 
     def verify(self, tokens: Tensor, tree: TreeTensors) -> Tensor:
         """Forwards all nodes of a tree, `[B, n]`, over the cache; their keys and values are appended to it.
@@ -87,17 +102,17 @@ class TargetCache:
         limit = getattr(self._config, "max_position_embeddings", None)
         if limit:  # nodes past a row's end are never accepted, but learned positions must exist for them
             positions = positions.clamp(max=limit - 1)
-        return self._forward(tokens, self._masks(tree), positions)
+        return self._forward(self._compiled or self._own, tokens, self._masks(tree), positions)
 
-    def keep(self, nodes: Sequence[int], tree: TreeTensors) -> None:
+    def keep(self, nodes: Sequence[int | None], tree: TreeTensors) -> None:
         """Keeps of the tree that was verified last the root and the accepted nodes, moved in place.
 
         Args:
-            nodes: The last accepted node of every row.
+            nodes: The last accepted node of every row, None for a row that stopped.
             tree: That tree.
         """
-        width = self.width - tree.tree.num_nodes
-        paths = [tree.tree.paths[node] for node in nodes]
+        width = self.width
+        paths = [() if node is None else tree.tree.paths[node] for node in nodes]
         most = max(map(len, paths))
         # A row that keeps fewer nodes copies its root into columns that `end` leaves out.
         source = [[width + node for node in path] + [width] * (most - len(path)) for path in paths]
@@ -108,8 +123,7 @@ class TargetCache:
             for layer in self.cache.layers:
                 for states in (layer.keys, layer.values):
                     _move_columns(states, *moves.to(states.device))
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[:, :, : max(self._ends)], layer.values[:, :, : max(self._ends)]
+        self._end_columns()
         self.end = torch.tensor(self._ends, device=self.end.device)
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -119,39 +133,51 @@ class TargetCache:
         self.start, self.end = self.start[kept], self.end[kept]
         for layer in self.cache.layers:
             layer.batch_select_indices(kept.to(layer.keys.device))
-            layer.keys, layer.values = layer.keys[:, :, : max(self._ends)], layer.values[:, :, : max(self._ends)]
+        self._end_columns()
 
-    def _forward(self, tokens: Tensor, attention_mask: Any, positions: Tensor) -> Tensor:
-        hidden: Tensor = self._backbone(
+    def _end_columns(self) -> None:
+        """Lets the cache go on after the text."""
+        for layer in self.cache.layers:
+            if self._columns is None:
+                layer.keys, layer.values = layer.keys[:, :, : self.width], layer.values[:, :, : self.width]
+            else:
+                layer.cumulative_length.fill_(self.width)
+
+    def _own(self, **arguments: Any) -> Tensor:
+        hidden: Tensor = self._backbone(**arguments)[0]
+        return hidden
+
+    def _forward(self, run: Callable[..., Tensor], tokens: Tensor, attention_mask: Any, positions: Tensor) -> Tensor:
+        return run(
             input_ids=tokens,
             attention_mask=attention_mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-        )[0]
-        return hidden
+        )
 
     def _masks(self, tree: TreeTensors) -> Tensor | dict[str, Tensor] | None:
         """The mask that the backbone takes; one per kind of layer where it mixes full and sliding ones."""
-        if not tree.tree.choices and self._padding is None and len(self._ends) == 1 and self._window is None:
+        alone = not tree.tree.choices and self._padding is None and len(self._ends) == 1
+        if alone and self._window is None and self._compiled is None:
             return None
-        columns = torch.arange(self.width, device=self.end.device)
+        width, rows, nodes = self.width, len(self._ends), len(tree.depths)
+        columns = torch.arange(self._columns or width + nodes, device=self.end.device)  # W + n, or all that there are
         in_text = (columns >= self.start[:, None]) & (columns < self.end[:, None])
-        rows, nodes = len(in_text), len(tree.depths)
-        seen = torch.cat(
-            [in_text[:, None].expand(rows, nodes, -1), tree.ancestors.expand(rows, nodes, nodes)], -1
-        )  # [B, n, W + n]
+        seen = in_text[:, None].repeat(1, nodes, 1)  # [B, n, columns]
+        seen[:, :, width : width + nodes] = tree.ancestors
         if self._window is None:
             return self._mask(seen)
         own_columns = self.end[:, None] + tree.depths
-        all_columns = torch.cat([columns.expand(rows, -1), own_columns], -1)
+        all_columns = columns.repeat(rows, 1)
+        all_columns[:, width : width + nodes] = own_columns
         near = own_columns[:, :, None] - all_columns[:, None, :] < self._window
         if mixes_layer_types(self._config):
             return {"full_attention": self._mask(seen), "sliding_attention": self._mask(seen & near)}
         return self._mask(seen & near)
 
     def _mask(self, seen: Tensor) -> Tensor:
-        """What the attention implementation adds or selects by, `[B, 1, n, W + n]`."""
+        """What the attention implementation adds or selects by, `[B, 1, n, columns]`."""
         if self._config._attn_implementation == "sdpa":
             return seen[:, None]
         return torch.zeros(1, dtype=self._dtype, device=seen.device).masked_fill(

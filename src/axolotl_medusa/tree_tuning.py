@@ -1,6 +1,7 @@
 """The fastest candidate tree of given heads on this machine: calibration, step times, choice, and a check of the choice.
 
-Contract: model and prompts in, tree and facts out; reads and writes no files.
+Contract: model and prompts in, tree and facts out; reads and writes no files. The prompts that check the choice have no part
+in making it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from axolotl_medusa.tree import DEFAULT_TOP_K, Tree
 from axolotl_medusa.tree_search import MIN_GAIN, ChosenSize, TreeSearch, fastest_size, search_tree
 
 CHECKED_PROMPTS = 8
-"""Prompts on which a chosen tree is run against plain decoding."""
+"""Prompts at most on which a chosen tree is run against plain decoding."""
+
+_CALIBRATION_PER_CHECKED = 3
+"""Prompts that calibrate for each one that is held out."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class TunedTree:
         search: Best trees and expected acceptance lengths of every size.
         times: Measured steps.
         chosen: What the expected lengths and the step times advise.
+        calibrated_on: Prompts that tree and size were chosen with.
+        checked_on: Ids of the held-out prompts that `speed_ups` were measured on.
         speed_ups: By nodes, the measured speed-up of every tree that was tried, the advised one first.
         reasons: Lines for the user: the advice, then why smaller trees were fallen back to, if they were.
     """
@@ -38,6 +44,8 @@ class TunedTree:
     search: TreeSearch
     times: StepTimes
     chosen: ChosenSize
+    calibrated_on: int
+    checked_on: tuple[str, ...]
     speed_ups: dict[int, float]
     reasons: tuple[str, ...]
 
@@ -48,6 +56,8 @@ class TunedTree:
             "expected_acceptance_lengths": list(self.search.expected_lengths),
             "plain_step_s": self.times.plain_s,
             "step_ratios": {str(nodes): ratio for nodes, ratio in self.times.ratios.items()},
+            "calibrated_on": self.calibrated_on,
+            "checked_on": list(self.checked_on),
             "measured_speed_ups": {str(nodes): speed_up for nodes, speed_up in self.speed_ups.items()},
             "reasons": list(self.reasons),
         }
@@ -58,32 +68,57 @@ def tune_tree(model: MedusaModel, prompts: Sequence[PromptTokens], nodes: int, m
 
     Args:
         model: The model with its heads.
-        prompts: Calibration prompts, answered by plain greedy decoding.
+        prompts: At least two, answered by plain greedy decoding; `held_out` says which of them only check the choice.
         nodes: Nodes with the root at most.
         max_new_tokens: Tokens per prompt at most.
 
     Raises:
-        ValueError: Prompts do not fit the model, their answers are too short to count anything, or `nodes` is below 1.
+        ValueError: There are too few prompts or some do not fit the model, their answers are too short to count anything,
+            or `nodes` is below 1.
     """
     if nodes < 1:
         raise ValueError(f"a tree of {nodes} nodes was asked for, expected at least 1 (the root alone)")
     check_fits(model, prompts, max_new_tokens)
+    calibrating, checking = held_out(prompts)
     ranks = HeadRanks(model.heads.num_heads, min(DEFAULT_TOP_K, model.heads.vocab_size))
-    for prompt in prompts:
+    for prompt in calibrating:
         tokens = decode_in_turn(model, prompt.input_ids, {}, max_new_tokens)[PLAIN].tokens
         ranks.add(head_ranks(model, prompt.input_ids, tokens, ranks.top_k), ended=len(tokens) < max_new_tokens)
     search = search_tree(ranks.joint, nodes)
     largest = len(search.expected_lengths)
     sizes = sorted({1, largest} | {size for size in SIZES if size < largest})
-    middle = sorted(prompts, key=lambda prompt: len(prompt.input_ids))[len(prompts) // 2]
+    middle = sorted(calibrating, key=lambda prompt: len(prompt.input_ids))[len(calibrating) // 2]
     times = measure_steps(model, middle.input_ids, [search.tree(size) for size in sizes])
     chosen = fastest_size(search, times.step_s, times.plain_s)
 
     def speed_up(tree: Tree) -> float:
-        return measured_speed_up(model, prompts[:CHECKED_PROMPTS], tree, max_new_tokens)
+        return measured_speed_up(model, checking, tree, max_new_tokens)
 
     kept, speed_ups, fallbacks = largest_that_pays(search, chosen.nodes, sizes, speed_up)
-    return TunedTree(search.tree(kept), search, times, chosen, speed_ups, (chosen.reason, *fallbacks))
+    checked_on = tuple(prompt.id for prompt in checking) if speed_ups else ()
+    reasons = (chosen.reason, *fallbacks)
+    return TunedTree(search.tree(kept), search, times, chosen, len(calibrating), checked_on, speed_ups, reasons)
+
+
+def held_out(prompts: Sequence[PromptTokens]) -> tuple[list[PromptTokens], list[PromptTokens]]:
+    """Splits prompts: a quarter, from 1 to `CHECKED_PROMPTS`, is held out, evenly spread over the file.
+
+    Returns:
+        Prompts to calibrate with, and prompts to check the choice on.
+
+    Raises:
+        ValueError: There are fewer than two.
+    """
+    if len(prompts) < 2:
+        raise ValueError(
+            f"there are {len(prompts)} calibration prompts, expected at least 2: one is held out to check the tree on"
+        )
+    count = min(CHECKED_PROMPTS, max(1, len(prompts) // (_CALIBRATION_PER_CHECKED + 1)))
+    places = {(2 * number + 1) * len(prompts) // (2 * count) for number in range(count)}
+    parts: tuple[list[PromptTokens], list[PromptTokens]] = ([], [])
+    for place, prompt in enumerate(prompts):
+        parts[place in places].append(prompt)
+    return parts
 
 
 def largest_that_pays(
