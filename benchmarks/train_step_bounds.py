@@ -24,7 +24,11 @@ MEMORY: dict[tuple[Stage, Form], float] = {
     ("medusa-1", "shared"): 0.25,
     ("medusa-2", "separate"): 0.45,
 }
-"""Which share of the reference's peak memory SmolLM2's step may need, at most."""
+"""Which share of the reference's peak memory SmolLM2's step may need, at most.
+
+Both without what Python and the libraries take (0.6 GiB where axolotl's packages are installed): so counted, the
+reference needs 8.8 GiB in fp32 and 4.4 in bf16 for separate heads, as the first public trainer was measured (8.7, 4.5).
+"""
 
 HEADS_LOSS = 0.85
 """Share of the rate of its three matmuls that the loss of SmolLM2's separate heads must reach, at least."""
@@ -48,7 +52,9 @@ def bounds_of_step(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     return [
         _bound(f"{case.name}: speed against the reference", found.get("speed"), ">=", speed),
-        _bound(f"{case.name}: peak memory against the reference", found.get("memory_ratio"), "<=", memory),
+        _bound(
+            f"{case.name}: peak memory above the runtime against the reference", found.get("memory_ratio"), "<=", memory
+        ),
     ]
 
 

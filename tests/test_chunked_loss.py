@@ -244,12 +244,12 @@ def test_row_losses_whole_recomputation_counts_nothing_twice():
     assert result.correct.shape == (ROWS,) and result.topk_hits[-1] == ROWS
 
 
-@pytest.mark.parametrize(("weights", "bytes_per_logit"), [("ce", 4), ("kl", 8)])
-def test_row_losses_default_chunk_keeps_chunk_bytes(weights, bytes_per_logit, monkeypatch):
+@pytest.mark.parametrize("weights", ["ce", "kl"])
+def test_row_losses_default_chunk_keeps_chunk_logits(weights, monkeypatch):
     case, seen = Case(bias=True), []
     layer = output_layer(case.linear, partial(counting, case.linear, seen))
-    for limit in (10 * VOCAB * bytes_per_logit, VOCAB - 1):  # never less than one row, however large the vocabulary
-        monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", limit)
+    for limit in (10 * VOCAB + 1, VOCAB - 1):  # never less than one row, however large the vocabulary
+        monkeypatch.setattr(chunked_loss, "CHUNK_LOGITS", limit)
         case.loss(LOSSES[weights], layer=layer)
     assert seen == [10, 10, 3] + [1] * ROWS
 

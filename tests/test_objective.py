@@ -21,7 +21,7 @@ SEQ = 24
 
 @pytest.fixture(autouse=True)
 def _many_chunks(monkeypatch):
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 5 * VOCAB * 4)
+    monkeypatch.setattr(chunked_loss, "CHUNK_LOGITS", 5 * VOCAB)
 
 
 def batch(packed: bool, seed: int = 1):

@@ -212,7 +212,7 @@ def test_train_step_script_on_a_tiny_model_writes_its_figures(tmp_path):
         assert found["gflops"] == pytest.approx(sum(found["flops"].values()) / seconds["ours"] / 1e9, rel=0.5, abs=0.1)
         for side in ("ours", "reference"):
             memory = found["memory_mib"][side]
-            assert 0 < memory["runtime"] <= memory["model"] <= memory["before_step"] <= memory["peak"]
+            assert 0 < memory["runtime"] <= memory["model"] <= memory["before_step"] <= memory["peak"] + 1
         assert found["rows"][0] >= found["rows"][1] >= found["rows"][2] > 0
     assert result["heads_loss"][cases[1]]["share"] > 0
     assert len(result["bounds"]) == 3
@@ -223,7 +223,7 @@ def test_train_step_script_on_a_tiny_model_writes_its_figures(tmp_path):
 
 
 def peaks(model, after_steps, peak):
-    return {"model": model, "after_steps": after_steps, "peak": peak}
+    return {"runtime": 100.0, "model": model, "after_steps": after_steps, "peak": peak}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,8 @@ def test_measure_step_times_the_reference_only_where_it_fits(monkeypatch, refere
     monkeypatch.setattr(train_step, "available_bytes", lambda: available_mib * 2**20)
     result = train_step.measure_step(Case("smollm2", "medusa-1", "separate", "fp32"), rounds=1)
     assert seen == [timed]
-    assert result.get("memory_ratio") == (None if "does_not_fit" in reference else 0.25)
+    expected = {} if "does_not_fit" in reference else {"memory_ratio": 0.231, "memory_ratio_with_runtime": 0.25}
+    assert {name: value for name, value in result.items() if "ratio" in name} == expected
 
 
 def test_train_step_script_names_what_can_be_selected(tmp_path):

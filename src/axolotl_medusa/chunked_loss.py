@@ -23,11 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from axolotl_medusa.closed_form import Accuracies, FixedProbabilities, Sums, fixed_distribution, gradient_in_place
 from axolotl_medusa.loss import CROSS_ENTROPY, RowLosses, RowLossWeights, chunk_losses, is_top_token, top_k_hits
 
-CHUNK_BYTES = 2**27
-"""Memory of one chunk's logits on a CPU, 128 MiB. Smaller chunks add up weight gradients more often; larger ones gain little."""
+CHUNK_LOGITS = 2**25
+"""Logits of one chunk on a CPU: 128 MiB in fp32. Smaller chunks add up weight gradients more often; larger ones gain little."""
 
-ACCELERATOR_CHUNK_BYTES = 2**29
-"""The same elsewhere, 512 MiB: each chunk reads and writes a weight gradient of a gigabyte, which takes as long as 400 rows."""
+ACCELERATOR_CHUNK_LOGITS = 2**28
+"""The same elsewhere: each chunk reads and writes a weight gradient of up to a gigabyte, which takes as long as 400 rows."""
 
 Project = Callable[[Tensor], Tensor]
 """Maps hidden rows `[rows, hidden]` to logits `[rows, vocab]`."""
@@ -118,7 +118,7 @@ def row_losses(
     Args:
         predictions: What is trained.
         fixed: The fixed distribution of those that have `fixed_rows`.
-        chunk_rows: Rows per chunk; without, as many as `CHUNK_BYTES` hold.
+        chunk_rows: Rows per chunk; without, as many as `CHUNK_LOGITS` holds.
         recompute: True: recompute each chunk's logits in the backward. False: compute gradients in the forward, which
             saves a matmul. Without: the latter wherever parameters are plain tensors.
 
@@ -161,7 +161,7 @@ class _Run:
         """Chunks of every prediction; those with a fixed distribution are cut where its rows are."""
         drawn = {number: each.fixed_rows for number, each in enumerate(self.predictions) if each.fixed_rows is not None}
         if drawn and self.fixed is not None:
-            step = chunk_rows or self._rows_per_chunk(self.fixed.layer, self.fixed.hidden.device, with_fixed=True)
+            step = chunk_rows or self._rows_per_chunk(self.fixed.layer, self.fixed.hidden.device)
             rows = self.fixed.hidden.shape[0]
             starts = list(range(0, max(rows, 1), step))
             edges = torch.tensor([*starts, rows], device=self.fixed.hidden.device)
@@ -176,10 +176,8 @@ class _Run:
                     yield _Chunk([_Part(number, slice(start, min(start + step, rows)))], None)
 
     @staticmethod
-    def _rows_per_chunk(layer: OutputLayer, on: torch.device, with_fixed: bool = False) -> int:
-        row_bytes = layer.vocab_size * (layer.dtype.itemsize + (torch.float32.itemsize if with_fixed else 0))
-        limit = CHUNK_BYTES if on.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-        rows = max(1, limit // row_bytes)
+    def _rows_per_chunk(layer: OutputLayer, on: torch.device) -> int:
+        rows = max(1, (CHUNK_LOGITS if on.type == "cpu" else ACCELERATOR_CHUNK_LOGITS) // layer.vocab_size)
         return rows - rows % 64 if rows > 64 else rows  # kernels are fastest on whole tiles
 
     def inputs(self, chunk: _Chunk) -> list[Tensor]:
