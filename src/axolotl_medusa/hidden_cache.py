@@ -340,8 +340,8 @@ class CachedRows:
         if not leak <= _LARGEST_LEAK:
             raise CrossedSamplesError(
                 f"medusa_hidden_cache: hidden states of a packed sample differ by {leak:.3g} of their size from those of the sample "
-                "alone: attention crosses samples; set attn_implementation to flash_attention_2, flex_attention or sdpa, or "
-                "sample_packing: false, or remove medusa_hidden_cache"
+                "alone: this model or its attention does not keep packed samples apart; set sample_packing: false or another "
+                "attn_implementation, or remove medusa_hidden_cache"
             )
         self._isolated = True
 

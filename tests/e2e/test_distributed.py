@@ -53,7 +53,7 @@ def two_chats(tmp_path) -> list[dict[str, str]]:
 def torchrun(config: Path, **environment: str) -> None:
     env = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         **environment,
@@ -104,6 +104,21 @@ def test_two_ddp_processes_equal_one(one_process, make_yaml, tmp_path, two_chats
     two = tmp_path / "two"
     torchrun(make_yaml(**COMMON, datasets=two_chats, output_dir=str(two)), ACCELERATE_USE_CPU="true")
     assert_same(one_process(datasets=two_chats), two)
+
+
+def test_two_ddp_processes_share_a_hidden_cache_and_equal_one(one_process, make_yaml, tmp_path, two_chats):
+    """The second epoch gives each rank what the other may have stored in the first."""
+    options = {"medusa_only_heads": True, "datasets": two_chats}
+    plugins = [*COMMON["plugins"], "watch_backbone.WatchBackbonePlugin"]
+    cached = {**COMMON, **options, "plugins": plugins, "medusa_hidden_cache": str(tmp_path / "cache")}
+    two, runs = tmp_path / "two", tmp_path / "runs"
+    torchrun(make_yaml(**cached, output_dir=str(two)), ACCELERATE_USE_CPU="true", BACKBONE_RUNS=str(runs))
+    assert runs.read_text().split() == ["0.0", "0.0"]
+    assert_same(one_process(**options, medusa_hidden_cache=str(tmp_path / "own")), two)
+    again = tmp_path / "again"
+    torchrun(make_yaml(**cached, output_dir=str(again)), ACCELERATE_USE_CPU="true", BACKBONE_RUNS=str(runs))
+    assert len(runs.read_text().split()) == 2
+    assert_same(two, again)
 
 
 def test_two_zero3_processes_equal_one_and_gather_on_save(one_process, make_yaml, tmp_path, two_chats):

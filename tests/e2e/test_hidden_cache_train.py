@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -73,10 +72,8 @@ def test_two_packed_epochs_run_the_backbone_once_and_train_the_heads_of_a_run_wi
     assert len(cached.losses) == len(plain.epochs) == steps
     assert [epoch < 1 for epoch in plain.epochs].count(False) > 1
     assert all(epoch < 1 for epoch in cached.epochs)
-    print(plain.epochs, cached.epochs, plain.losses, cached.losses)
     assert cached.losses == pytest.approx(plain.losses, rel=1e-4)
     for name, tensor in plain.heads.items():
-        print(name, (cached.heads[name] - tensor).norm()/tensor.norm())
         assert (cached.heads[name] - tensor).norm() <= BF16_STATES * tensor.norm(), name
     (directory,) = (tmp_path / "cache").iterdir()
     assert "14 samples are stored" in cached.output
@@ -84,7 +81,9 @@ def test_two_packed_epochs_run_the_backbone_once_and_train_the_heads_of_a_run_wi
 
 
 def test_bf16_states_of_single_samples_train_bitwise_the_heads_of_a_run_without(train, tmp_path):
-    changes = {"bf16": True, "sample_packing": False, "save_steps": 28}
+    # With an adapter (which Medusa-1 freezes) axolotl keeps norms and embeddings in bf16 on a CPU too.
+    adapter = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+    changes = {"bf16": True, "sample_packing": False, "save_steps": 28, **adapter}
     plain = train("plain", **changes)
     cached = train("cached", medusa_hidden_cache=str(tmp_path / "cache"), **changes)
     assert len(plain.epochs) == 2 * len(cached.epochs)
@@ -98,7 +97,6 @@ def test_killed_and_resumed_run_and_a_second_run_repeat_the_first_bitwise(train,
     assert all(epoch < 1 for epoch in killed.epochs)
     assert not (tmp_path / "resumed" / "medusa_heads").exists()
     resumed = train("resumed", resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"), **options)
-    print(whole.epochs, killed.epochs, resumed.epochs)
     assert 0 < len(resumed.epochs) < len(whole.epochs)
     assert_equal(resumed, whole)
     again = train("again", **options)
@@ -106,17 +104,9 @@ def test_killed_and_resumed_run_and_a_second_run_repeat_the_first_bitwise(train,
     assert_equal(again, whole)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"medusa_hidden_cache_limit_gb": 1e-6}, "more than medusa_hidden_cache_limit_gb 1e-06: raise it"),
-        ({"attn_implementation": "eager"}, "attention crosses samples; set attn_implementation"),
-    ],
-    ids=["too-large", "attention-crosses-samples"],
-)
-def test_cache_that_cannot_be_is_refused_in_one_line(train, tmp_path, changes, words):
-    result = train("out", ok=False, medusa_hidden_cache=str(tmp_path / "cache"), **changes)
+def test_cache_larger_than_its_limit_is_refused_in_one_line(train, tmp_path):
+    result = train("out", ok=False, medusa_hidden_cache=str(tmp_path / "cache"), medusa_hidden_cache_limit_gb=1e-6)
     message = result.output[result.output.index("axolotl-medusa:") :]
-    assert words in message
+    assert "more than medusa_hidden_cache_limit_gb 1e-06: raise it" in message
     assert "Traceback" not in message
-    assert not (tmp_path / "out" / "medusa_heads").exists()
+    assert result.epochs == [] and not (tmp_path / "out" / "medusa_heads").exists()
