@@ -178,6 +178,14 @@ def test_cache_gives_back_what_was_written_in_bf16_also_to_another_opening(open_
     assert meta["rows"] == 22 and meta["samples"] == 4 and meta["weights"] == "1"
 
 
+def test_cache_has_the_same_places_in_another_order_of_the_data(open_cache, known, tmp_path):
+    cache = open_cache()
+    for key, num_rows in known.items():
+        cache.write(key, states(num_rows))
+    turned = HiddenCache.open(tmp_path / "cache", {"weights": "1"}, dict(reversed(known.items())), HIDDEN, 1.0)
+    assert all(turned.has(key) for key in known)
+
+
 def test_cache_of_another_identity_is_another_directory(open_cache, known):
     cache, key = open_cache(), next(iter(known))
     cache.write(key, states(known[key]))
@@ -227,6 +235,12 @@ def test_cache_larger_than_the_free_disk_is_refused_unless_it_is_there_already(o
     open_cache()
     free["bytes"] = hidden_cache._DISK_MARGIN_BYTES
     open_cache()
+
+
+def test_cache_that_cannot_be_made_is_one_line(open_cache, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ValueError, match=r"medusa_hidden_cache .* cannot be made \(.*\): choose a directory"):
+        open_cache()
 
 
 def build(form="shared", head_loss="ce", only_heads=True, dtype=torch.float32):
@@ -286,11 +300,8 @@ def test_objective_refuses_given_rows_where_the_backbone_trains(rows):
             model(**batch, **options)
 
 
-CPU = torch.device("cpu")
-
-
 def test_backbone_runs_once_for_each_sample_however_it_is_packed(rows, backbone_runs, open_cache):
-    model, cached = build(), CachedRows(open_cache(), CPU)
+    model, cached = build(), CachedRows(open_cache())
     run_backbone = backbone_runs.backbone_of(model)
     alone = [run_backbone(padded(rows, [index])) for index in range(4)]
     backbone_runs.clear()
@@ -299,7 +310,7 @@ def test_backbone_runs_once_for_each_sample_however_it_is_packed(rows, backbone_
     cached(packed(rows, [1, 3]), run_backbone)
     assert len(backbone_runs) == 3, "the check is made once"
     found = cached(packed(rows, [3, 2, 1, 0]), run_backbone)
-    again = CachedRows(open_cache(), CPU)(padded(rows, [2, 0]), run_backbone)
+    again = CachedRows(open_cache())(padded(rows, [2, 0]), run_backbone)
     assert len(backbone_runs) == 3
     assert first.dtype == torch.bfloat16 and torch.equal(again, first)
     expected = torch.cat([alone[index] for index in (3, 2, 1, 0)])
@@ -308,7 +319,7 @@ def test_backbone_runs_once_for_each_sample_however_it_is_packed(rows, backbone_
 
 def test_batch_with_a_missing_sample_keeps_the_stored_states_of_the_others(rows, open_cache):
     """Else a resumed run would see other bits than the one before it."""
-    cached = CachedRows(open_cache(), CPU)
+    cached = CachedRows(open_cache())
     cached(packed(rows, [0]), lambda _: torch.ones(7, HIDDEN))
     found = cached(
         packed(rows, [3, 0]), lambda batch: torch.full((12 if batch["labels"].shape[1] > 9 else 7, HIDDEN), 1.001)
@@ -319,7 +330,7 @@ def test_batch_with_a_missing_sample_keeps_the_stored_states_of_the_others(rows,
 def test_samples_that_are_not_in_the_data_are_computed_each_time_and_named_once(
     rows, backbone_runs, open_cache, caplog
 ):
-    model, cached = build(), CachedRows(open_cache(), CPU)
+    model, cached = build(), CachedRows(open_cache())
     run_backbone = backbone_runs.backbone_of(model)
     cut = {name: values[:, :-3] for name, values in packed(rows, [0, 3]).items()}
     with caplog.at_level(logging.WARNING):
@@ -332,9 +343,9 @@ def test_samples_that_are_not_in_the_data_are_computed_each_time_and_named_once(
 
 def test_backbone_runs_where_another_process_needs_it(rows, backbone_runs, open_cache):
     run_backbone = backbone_runs.backbone_of(build())
-    cached = CachedRows(open_cache(), CPU)
+    cached = CachedRows(open_cache())
     first = cached(packed(rows, [0]), run_backbone)
-    joined = CachedRows(open_cache(), CPU, any_rank=lambda flags: [True, True])
+    joined = CachedRows(open_cache(), any_rank=lambda flags: [True, True])
     assert torch.equal(joined(packed(rows, [0]), run_backbone), first)
     assert len(backbone_runs) == 3, "the batch, the batch, and along with the other's check"
 
@@ -343,8 +354,8 @@ def test_batch_without_a_target_has_no_rows(rows, backbone_runs, open_cache):
     batch = packed(rows, [0])
     batch["labels"][:] = IGNORE_INDEX
     run_backbone = backbone_runs.backbone_of(build())
-    assert CachedRows(open_cache(), CPU)(batch, run_backbone).shape == (0, HIDDEN)
-    joined = CachedRows(open_cache(), CPU, any_rank=lambda flags: [True, True])
+    assert CachedRows(open_cache())(batch, run_backbone).shape == (0, HIDDEN)
+    joined = CachedRows(open_cache(), any_rank=lambda flags: [True, True])
     assert joined(batch, run_backbone).shape == (0, HIDDEN)
     assert len(backbone_runs) == 2
 
@@ -370,5 +381,5 @@ def test_packed_samples_that_see_each_other_are_refused(rows, open_cache, backbo
     batch = packed(rows, [2, 0])
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])  # transformers then no longer looks at the positions
     with pytest.raises(CrossedSamplesError, match=r"differ by .* does not keep packed samples apart"):
-        CachedRows(open_cache(), CPU)(batch, run_backbone)
+        CachedRows(open_cache())(batch, run_backbone)
     assert open_cache().num_stored == 0

@@ -8,6 +8,7 @@ on the stored rows alone, and a resumed run or one with a filled cache repeats t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -195,14 +196,22 @@ class HiddenCache:
         """Opens the cache of these samples and this model under `parent`, and reserves its space on the disk.
 
         Raises:
-            ValueError: It would be larger than `limit_gb` (in 10^9 bytes) or than the disk has room for.
+            ValueError: It would be larger than `limit_gb` (in 10^9 bytes) or than the disk has room for, or cannot be made.
         """
         directory = Path(parent).expanduser() / _json_hash(identity)[:16]
         cache = cls(directory, rows_of, hidden_size)
-        cache._check_size(limit_gb)
-        cache._map()
-        if not (directory / "meta.json").exists():
-            size = {"samples": len(cache), "rows": cache.num_rows, "hidden_size": hidden_size, "dtype": "bfloat16"}
+        try:
+            cache._check_size(limit_gb)
+            cache._map()
+        except OSError as error:
+            raise ValueError(
+                f"medusa_hidden_cache {directory} cannot be made ({error.strerror}): choose a directory that can be written to, with "
+                f"{cache.num_bytes / 1e9:.3g} GB of room"
+            ) from error
+        size = {"samples": len(cache), "rows": cache.num_rows, "hidden_size": hidden_size, "dtype": "bfloat16"}
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # for people only; another process may write the same at this moment
             write_json(directory / "meta.json", {**size, **identity})
         return cache
 
@@ -272,19 +281,17 @@ class CachedRows:
 
     Args:
         cache: What is stored, and gets what is missing.
-        device: Where the rows are wanted.
         any_rank: Joins the processes: partitioned weights are gathered only if all of them run the backbone.
     """
 
-    def __init__(self, cache: HiddenCache, device: torch.device, any_rank: AnyRank = list) -> None:
+    def __init__(self, cache: HiddenCache, any_rank: AnyRank = list) -> None:
         self.cache = cache
         self.num_unknown = 0
-        self._device = device
         self._any_rank = any_rank
         self._isolated = False
 
     def __call__(self, batch: Mapping[str, Any], run_backbone: RunBackbone) -> Tensor:
-        """Returns the rows of `batch`, `[counted rows, hidden]`, bf16, on the device.
+        """Returns the rows of `batch`, `[counted rows, hidden]`, bf16, on the CPU.
 
         Args:
             batch: `input_ids` and `labels`, where there are any also `attention_mask` and `position_ids`, `[batch, seq]`.
@@ -301,7 +308,7 @@ class CachedRows:
         if computed is not None and unchecked:
             self._check_isolation(batch, samples, computed, run_backbone)
         num_rows = sum(sample.num_rows for sample in samples)
-        pinned = self._device.type == "cuda"  # copies from pageable memory would block
+        pinned = torch.cuda.is_available()  # else the copy to the GPU would wait for the step before
         rows = torch.empty(num_rows, self.cache.hidden_size, dtype=torch.bfloat16, pin_memory=pinned)
         for sample, part in _parts(samples):
             known = sample.key in self.cache
@@ -312,7 +319,7 @@ class CachedRows:
                 rows[part] = computed[part]
             else:
                 rows[part] = self.cache.read(sample.key)
-        return rows.to(self._device, non_blocking=True)
+        return rows
 
     def _count_unknown(self, sample: Sample) -> None:
         self.num_unknown += 1

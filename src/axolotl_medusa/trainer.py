@@ -261,12 +261,11 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
             identities = [identity]
             torch.distributed.broadcast_object_list(identities, src=0)
             (identity,) = identities
-        layer, limit_gb = frozen_output_embedding(output_embedding(self.model)), cfg.medusa_hidden_cache_limit_gb
-        hidden_size = attached_heads(self.model).hidden_size
+        size, limit_gb = attached_heads(self.model).hidden_size, cfg.medusa_hidden_cache_limit_gb
         with self.args.main_process_first(desc="reserving the hidden cache"):
-            cache = HiddenCache.open(cfg.medusa_hidden_cache, identity, samples, hidden_size, limit_gb)
+            cache = HiddenCache.open(cfg.medusa_hidden_cache, identity, samples, size, limit_gb)
         LOG.info(
-            f"hidden cache {cache.directory}: {cache.num_rows:,} rows of {hidden_size} in bf16, {cache.num_bytes / 1e9:.3g} GB; "
+            f"hidden cache {cache.directory}: {cache.num_rows:,} rows of {size} in bf16, {cache.num_bytes / 1e9:.3g} GB; "
             f"{cache.num_stored} of {len(cache)} samples are stored"
         )
         if self.args.num_train_epochs <= 1 and self.args.max_steps <= 0 and cache.num_stored < len(cache):
@@ -274,7 +273,7 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
                 "medusa_hidden_cache saves nothing in this run: with num_epochs: 1 no sample comes twice; a later run on the same "
                 "model and data uses what this one stores"
             )
-        self._cached_rows = CachedRows(cache, layer.weight.device, self._any_rank)
+        self._cached_rows = CachedRows(cache, self._any_rank)
 
     def _any_rank(self, flags: list[bool]) -> list[bool]:
         if self.args.world_size == 1:
@@ -330,7 +329,8 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
                     rows = self._cached_rows(inputs, partial(self._run_backbone, model))
                 except CrossedSamplesError as error:
                     raise stop(str(error)) from None
-                inputs = {**inputs, "hidden_rows": rows}
+                device = frozen_output_embedding(output_embedding(self.model)).weight.device
+                inputs = {**inputs, "hidden_rows": rows.to(device, non_blocking=True)}
         else:
             num_items_in_batch = None
         loss, outputs = super().compute_loss(

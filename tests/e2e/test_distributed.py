@@ -86,11 +86,11 @@ def one_process(make_yaml, axolotl, tmp_path):
     return run
 
 
-def assert_same(one: Path, two: Path) -> None:
+def assert_same(one: Path, two: Path, numbers: tuple[str, ...] = NUMBERS) -> None:
     logs = [[entry for entry in log_history(out) if "loss" in entry] for out in (one, two)]
     assert len(logs[0]) == len(logs[1]) == 2
     for first, second in zip(*logs, strict=True):
-        for key in NUMBERS:
+        for key in numbers:
             assert second[key] == pytest.approx(first[key], rel=5e-4, abs=1e-6), key
     expected = read_heads(one / "medusa_heads").head_tensors()
     found = read_heads(two / "medusa_heads").tensors
@@ -114,7 +114,8 @@ def test_two_ddp_processes_share_a_hidden_cache_and_equal_one(one_process, make_
     two, runs = tmp_path / "two", tmp_path / "runs"
     torchrun(make_yaml(**cached, output_dir=str(two)), ACCELERATE_USE_CPU="true", BACKBONE_RUNS=str(runs))
     assert runs.read_text().split() == ["0.0", "0.0"]
-    assert_same(one_process(**options, medusa_hidden_cache=str(tmp_path / "own")), two)
+    exact = tuple(key for key in NUMBERS if key != "base_loss")  # Medusa-1 samples it from each batch
+    assert_same(one_process(**options, medusa_hidden_cache=str(tmp_path / "own")), two, exact)
     again = tmp_path / "again"
     torchrun(make_yaml(**cached, output_dir=str(again)), ACCELERATE_USE_CPU="true", BACKBONE_RUNS=str(runs))
     assert len(runs.read_text().split()) == 2
