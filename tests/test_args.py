@@ -40,6 +40,8 @@ DEFAULTS = {
     "medusa_lm_head": "separate",
     "medusa_init_from": None,
     "medusa_head_loss": "ce",
+    "medusa_hidden_cache": None,
+    "medusa_hidden_cache_limit_gb": 100.0,
 }
 
 
@@ -86,6 +88,8 @@ BOUNDS = [
     ("medusa_lm_head", ["separate", "shared"], ["tied"]),
     ("medusa_head_loss", ["ce", "kl"], ["mse"]),
     ("medusa_init_from", ["some/path"], [3]),
+    ("medusa_hidden_cache", ["some/path"], [3]),
+    ("medusa_hidden_cache_limit_gb", [0.5, 1e5], [0, -1]),
     ("medusa_scheduler", ["constant"], [7]),
 ]
 
@@ -173,6 +177,7 @@ def test_unknown_key_near_to_nothing_lists_the_known_ones():
     assert all(key in line for key in DEFAULTS)
 
 
+HIDDEN_CACHE = {"medusa_only_heads": True, "medusa_hidden_cache": "no/such/directory/yet"}
 CONTRADICTIONS = [
     (
         "medusa_only_heads",
@@ -218,6 +223,12 @@ CONTRADICTIONS = [
     ("sequence_parallel_degree is 2", "Medusa", {"sequence_parallel_degree": 2}),
     ("fsdp_version is 1", "fsdp_version: 2", {"fsdp_version": 1, "fsdp_config": {"reshard_after_forward": True}}),
     ("label_smoothing_factor", "heads", {"label_smoothing_factor": 0.1}),
+    ("medusa_hidden_cache", "medusa_only_heads: false", {"medusa_hidden_cache": "d"}),
+    ("medusa_hidden_cache", "streaming", {**HIDDEN_CACHE, "streaming": True}),
+    ("medusa_hidden_cache", "pretraining_dataset", {**HIDDEN_CACHE, "pretraining_dataset": [{"path": "org/data"}]}),
+    ("medusa_hidden_cache", "neftune_noise_alpha: 5", {**HIDDEN_CACHE, "neftune_noise_alpha": 5}),
+    ("medusa_hidden_cache", "is a file", {**HIDDEN_CACHE, "medusa_hidden_cache": __file__}),
+    ("medusa_hidden_cache_limit_gb", "without medusa_hidden_cache", {"medusa_hidden_cache_limit_gb": 5}),
 ]
 
 

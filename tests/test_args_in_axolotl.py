@@ -15,6 +15,12 @@ RECIPES = {
         "medusa_head_loss": "kl",
         "medusa_lm_head": "shared",
     },
+    "medusa-1-hidden-cache": {
+        "medusa_num_heads": 3,
+        "medusa_only_heads": True,
+        "medusa_hidden_cache": "cache",
+        "medusa_hidden_cache_limit_gb": 500,
+    },
     "medusa-2-full": {"medusa_num_heads": 3, "medusa_scheduler": "sine_0.5", "medusa_distillation_regularization": 0.3},
     "medusa-2-last-layers": {"medusa_num_heads": 1, "medusa_num_unfreeze_layers": 2, "medusa_lr_multiplier": 4},
     "medusa-2-lora": {"medusa_num_heads": 16, **LORA},

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 from axolotl.utils.dict import DictDefault
 from conftest import HIDDEN, VOCAB, add_lora, make_model
+from datasets import Dataset
 
+from axolotl_medusa import trainer as trainer_module
 from axolotl_medusa.args import MedusaArgs
 from axolotl_medusa.heads import MedusaHeads, attach_heads
 from axolotl_medusa.objective import metric_names
-from axolotl_medusa.trainer import EpochShuffle, check_trainable, heads_dtype, objective_of, set_trainable
+from axolotl_medusa.trainer import (
+    EpochShuffle,
+    MedusaTrainer,
+    check_trainable,
+    heads_dtype,
+    objective_of,
+    set_trainable,
+)
 
 
 def config(**keys):
@@ -136,3 +148,36 @@ def test_epoch_shuffle_depends_on_seed_and_epoch_alone():
     two.set_epoch(1)
     assert list(one) == list(two)
     assert list(EpochShuffle(50, seed=2)) != list(EpochShuffle(50, seed=1))
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = {"info": [], "warning": []}
+    monkeypatch.setattr(
+        trainer_module, "LOG", SimpleNamespace(info=lines["info"].append, warning=lines["warning"].append)
+    )
+    return lines
+
+
+@pytest.mark.parametrize(("epochs", "max_steps", "warned"), [(1, -1, True), (2, -1, False), (1, 50, False)])
+def test_open_hidden_cache_announces_its_size_and_warns_where_no_sample_comes_twice(
+    tmp_path, said, epochs, max_steps, warned
+):
+    trainer = SimpleNamespace(
+        medusa_cfg=config(
+            medusa_only_heads=True, medusa_hidden_cache=str(tmp_path / "c"), medusa_hidden_cache_limit_gb=0.5
+        ),
+        model=with_heads(make_model()),
+        processing_class=SimpleNamespace(get_vocab=dict),
+        train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]]}),
+        accelerator=SimpleNamespace(mixed_precision="no"),
+        args=SimpleNamespace(
+            world_size=1, num_train_epochs=epochs, max_steps=max_steps, main_process_first=lambda desc: nullcontext()
+        ),
+        _any_rank=list,
+    )
+    MedusaTrainer.open_hidden_cache(trainer)
+    (line,) = said["info"]
+    assert line.endswith("2 rows of 32 in bf16, 1.28e-07 GB; 0 of 1 samples are stored")
+    assert bool(said["warning"]) is warned
+    assert trainer._cached_rows.cache.directory.parent == tmp_path / "c"

@@ -151,6 +151,16 @@ class MedusaArgs(BaseModel):
         default="ce",
         description="ce, or kl: heads learn the base model's own distribution at the position they predict.",
     )
+    medusa_hidden_cache: str | None = Field(
+        default=None,
+        description="Directory where Medusa-1 keeps the backbone's hidden states, so that later epochs and runs skip it.",
+    )
+    medusa_hidden_cache_limit_gb: float = Field(
+        allow_inf_nan=False,
+        default=100.0,
+        gt=0.0,
+        description="Largest cache that is begun, in 10^9 bytes: counted rows · hidden size · 2. Default: a tenth of a 1 TB disk.",
+    )
 
     @field_validator(
         "medusa_num_heads", "medusa_num_layers", "medusa_num_unfreeze_layers", "medusa_logging_topk", mode="before"
@@ -241,6 +251,7 @@ def config_problems(cfg: Mapping[str, Any]) -> list[str]:
     if "medusa_num_heads" not in bad:
         problems += _size_problems(args, cfg)
     problems += _trainer_problems(args, cfg)
+    problems += _hidden_cache_problems(args, cfg)
     problems += _base_model_problems(cfg)
     if args.medusa_init_from is not None:
         problems += _init_from_problems(args, bad)
@@ -379,6 +390,37 @@ def _trainer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
             )
     if cfg.get("label_smoothing_factor"):
         problems.append("label_smoothing_factor replaces the loss that trains the heads; remove it")
+    return problems
+
+
+def _hidden_cache_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
+    directory = args.medusa_hidden_cache
+    if directory is None:
+        if args.medusa_hidden_cache_limit_gb != MedusaArgs.model_fields["medusa_hidden_cache_limit_gb"].default:
+            return [
+                "medusa_hidden_cache_limit_gb is set without medusa_hidden_cache, which it limits; set or remove both"
+            ]
+        return []
+    problems = []
+    if not args.medusa_only_heads:
+        problems.append(
+            "medusa_hidden_cache keeps what a frozen backbone says, and medusa_only_heads: false trains it; remove one"
+        )
+    for key in ("streaming", "pretraining_dataset"):
+        if cfg.get(key):
+            problems.append(
+                f"medusa_hidden_cache needs to know every sample beforehand, which {key} does not tell; remove one"
+            )
+    if cfg.get("neftune_noise_alpha"):
+        problems.append(
+            f"medusa_hidden_cache keeps hidden states and neftune_noise_alpha: {cfg['neftune_noise_alpha']} changes them each time; "
+            "remove one"
+        )
+    path = Path(directory).expanduser()
+    if path.exists() and not path.is_dir():
+        problems.append(
+            f"medusa_hidden_cache {directory} is a file: expected a directory, or a path where one can be made"
+        )
     return problems
 
 

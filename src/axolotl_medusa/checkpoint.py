@@ -113,14 +113,18 @@ def heads_meta(model: nn.Module, recipe: str, resolved_yaml: Mapping[str, Any]) 
 
 def lm_head_hash(model: nn.Module) -> str:
     """SHA-256 of the output embedding's weight, without adapters, as it is now: `sha256` of its bytes."""
-    weight = frozen_output_embedding(output_embedding(model)).weight
-    with gathered([weight]):
-        return weight_hash(_whole(weight).detach().cpu())
+    return parameter_hash(frozen_output_embedding(output_embedding(model)).weight)
+
+
+def parameter_hash(parameter: Tensor) -> str:
+    """`weight_hash` of a parameter wherever it is; of one that ZeRO-3 or FSDP divides, every rank must ask."""
+    with gathered([parameter]):
+        return weight_hash(_whole(parameter).detach().cpu())
 
 
 def weight_hash(weight: Tensor) -> str:
     """SHA-256 of the bytes of a weight on the CPU, in the type that it has."""
-    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(weight.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 @contextlib.contextmanager

@@ -74,10 +74,12 @@ class MedusaOutput(ModelOutput):  # type: ignore[misc]
     Attributes:
         loss: The loss of DESIGN's "The maths", scalar.
         metric_sums: Sums in the order of `metric_names`, `[metrics, 2]`: numerators and denominators, detached, fp64.
+        hidden_rows: With `return_hidden_rows`, hidden states of the counted rows, `[counted rows, hidden]`, detached.
     """
 
     loss: Tensor | None = None
     metric_sums: Tensor | None = None
+    hidden_rows: Tensor | None = None
 
 
 def metric_names(num_heads: int, objective: Objective) -> list[str]:
@@ -98,6 +100,10 @@ def install_objective(model: nn.Module, objective: Objective) -> None:
     head in the whole optimizer step, `[num_heads + 1]`; without, those of this batch) and `medusa_coefficient` (λ, the
     heads' weight at this step, default 1). Calls without labels reach the model's own forward unchanged.
 
+    In Medusa-1 it also takes `hidden_rows`, hidden states after the final norm of the counted rows in the order of the
+    flattened batch, `[counted rows, hidden]`: the backbone is then not run. With `return_hidden_rows` it returns those
+    rows and a loss of zero, and computes nothing else.
+
     Args:
         model: A model that `heads.attach_heads` was called on, possibly wrapped by peft.
         objective: What to train.
@@ -112,14 +118,20 @@ def install_objective(model: nn.Module, objective: Objective) -> None:
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | None = None,
         medusa_coefficient: float = 1.0,
+        hidden_rows: Tensor | None = None,
+        return_hidden_rows: bool = False,
         **kwargs: Any,
     ) -> Any:
         if labels is None:
             return own_forward(input_ids=input_ids, **kwargs)
+        if (hidden_rows is not None or return_hidden_rows) and not objective.only_heads:
+            raise ValueError("hidden_rows belong to a frozen backbone, and Medusa-2 trains it: expected only_heads")
         for name in _OF_LM_HEAD:
             kwargs.pop(name, None)
         run = _Run(lm, objective, disable_adapter, {"input_ids": input_ids, **kwargs, "use_cache": False})
-        return run(labels, num_items_in_batch, medusa_coefficient)
+        if return_hidden_rows:
+            return run.counted_rows(labels)
+        return run(labels, num_items_in_batch, medusa_coefficient, hidden_rows)
 
     lm.forward = forward
 
@@ -143,16 +155,30 @@ class _Run:
         self.transform = logit_transform(lm.config)
         self.vocab_size = embedding_shape(self.output)[0]
 
-    def __call__(self, labels: Tensor, counts: Tensor | None, coefficient: float) -> MedusaOutput:
+    def counted_rows(self, labels: Tensor) -> MedusaOutput:
+        """The hidden states of the counted rows alone."""
+        targets = medusa_targets(labels, 0, self.inputs.get("position_ids"))
+        all_hidden = self._last_hidden(teacher=False)
+        return MedusaOutput(
+            loss=all_hidden.new_zeros(()),
+            hidden_rows=all_hidden[(targets[..., 0] != IGNORE_INDEX).to(all_hidden.device)],
+        )
+
+    def __call__(
+        self, labels: Tensor, counts: Tensor | None, coefficient: float, hidden_rows: Tensor | None = None
+    ) -> MedusaOutput:
         objective, heads = self.objective, self.heads
         targets = medusa_targets(labels, heads.num_heads, self.inputs.get("position_ids"))
         targets = targets.to(self.lm.get_input_embeddings().weight.device).flatten(0, 1)
         if counts is None:
             counts = (targets != IGNORE_INDEX).sum(dim=0)
         rows = (targets[:, 0] != IGNORE_INDEX).nonzero().squeeze(1)
-        hidden = self._last_hidden(teacher=False).flatten(0, 1)
-        rows, counts = rows.to(hidden.device), counts.to(hidden.device).clamp(min=1)
-        hidden, targets = hidden[rows], targets.to(hidden.device)[rows]
+        hidden = hidden_rows
+        if hidden is None:
+            all_hidden = self._last_hidden(teacher=False).flatten(0, 1)
+            hidden = all_hidden[rows.to(all_hidden.device)]
+        rows, targets = rows.to(hidden.device), targets.to(hidden.device)
+        targets, counts = targets[rows], counts.to(hidden.device).clamp(min=1)
         counted = [targets[:, head + 1] != IGNORE_INDEX for head in range(heads.num_heads)]
         weights = [coefficient * objective.decay_coefficient ** (head + 1) for head in range(heads.num_heads)]
         predictions = [

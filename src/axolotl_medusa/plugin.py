@@ -79,6 +79,10 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
     def post_trainer_create(self, cfg: DictDefault, trainer: MedusaTrainer) -> None:
         """Tells the trainer that it will train; `axolotl evaluate` does not come here."""
         trainer.medusa_trains = True
+        try:
+            trainer.open_hidden_cache()
+        except ValueError as error:
+            raise stop(str(error)) from None
 
 
 def attach(cfg: DictDefault, model: nn.Module) -> None:

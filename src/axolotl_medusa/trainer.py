@@ -7,7 +7,8 @@ connects them to axolotl's trainer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -31,7 +32,22 @@ from axolotl_medusa.checkpoint import (
     write_heads,
 )
 from axolotl_medusa.data import token_columns_only
-from axolotl_medusa.heads import HEADS_NAME, attached_heads, backbone, causal_lm, decoder_layers
+from axolotl_medusa.heads import (
+    HEADS_NAME,
+    attached_heads,
+    backbone,
+    causal_lm,
+    decoder_layers,
+    frozen_output_embedding,
+    output_embedding,
+)
+from axolotl_medusa.hidden_cache import (
+    CachedRows,
+    CrossedSamplesError,
+    HiddenCache,
+    cache_identity,
+    dataset_samples,
+)
 from axolotl_medusa.loss import scheduler_factor, target_counts
 from axolotl_medusa.objective import Objective, metric_names
 
@@ -198,6 +214,7 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
     """
 
     medusa_trains = False
+    _cached_rows: CachedRows | None = None
 
     def setup_medusa(self, cfg: DictDefault) -> None:
         """Takes over the model that the plugin attached heads to.
@@ -228,6 +245,50 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         counts = check_trainable(self.model, cfg)
         LOG.info("Medusa trains " + ", ".join(f"{part}: {size:,}" for part, size in counts.items()) + " parameters")
         self._saver = HeadsSaver(self.model, cfg, self.processing_class)
+
+    def open_hidden_cache(self) -> None:
+        """Opens the `medusa_hidden_cache` of this model and training data, if the YAML wants one, and says how large it is.
+
+        Raises:
+            ValueError: It has no room, or the training data is streamed.
+        """
+        cfg = self.medusa_cfg
+        if not cfg.medusa_hidden_cache:
+            return
+        samples = dataset_samples(self.train_dataset)
+        identity = cache_identity(self.model, self.processing_class, samples, self.accelerator.mixed_precision)
+        if self.args.world_size > 1:  # ranks whose weights are still empty cannot hash them
+            identities = [identity]
+            torch.distributed.broadcast_object_list(identities, src=0)
+            (identity,) = identities
+        size, limit_gb = attached_heads(self.model).hidden_size, cfg.medusa_hidden_cache_limit_gb
+        with self.args.main_process_first(desc="reserving the hidden cache"):
+            cache = HiddenCache.open(cfg.medusa_hidden_cache, identity, samples, size, limit_gb)
+        LOG.info(
+            f"hidden cache {cache.directory}: {cache.num_rows:,} rows of {size} in bf16, {cache.num_bytes / 1e9:.3g} GB; "
+            f"{cache.num_stored} of {len(cache)} samples are stored"
+        )
+        if self.args.num_train_epochs <= 1 and self.args.max_steps <= 0 and cache.num_stored < len(cache):
+            LOG.warning(
+                "medusa_hidden_cache saves nothing in this run: with num_epochs: 1 no sample comes twice; a later run on the same "
+                "model and data uses what this one stores"
+            )
+        self._cached_rows = CachedRows(cache, self._any_rank)
+
+    def _any_rank(self, flags: list[bool]) -> list[bool]:
+        if self.args.world_size == 1:
+            return flags
+        counts = torch.tensor(flags, dtype=torch.long, device=self.accelerator.device)
+        return [bool(count) for count in self.accelerator.reduce(counts, reduction="sum").tolist()]
+
+    def _run_backbone(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """Hidden states of the counted rows, through all that is done to inputs on the way to the model's forward."""
+        model.eval()  # axolotl counts the tokens of a forward in training
+        with torch.no_grad():
+            _, outputs = super().compute_loss(model, {**inputs, "return_hidden_rows": True}, return_outputs=True)
+        model.train()
+        rows: Tensor = outputs["hidden_rows"]
+        return rows
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -263,6 +324,13 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
             progress = self.state.global_step / max(1, self.state.max_steps)
             self._medusa_factor = scheduler_factor(*self._medusa_schedule, progress)
             coefficient *= self._medusa_factor
+            if self._cached_rows is not None:
+                try:
+                    rows = self._cached_rows(inputs, partial(self._run_backbone, model))
+                except CrossedSamplesError as error:
+                    raise stop(str(error)) from None
+                device = frozen_output_embedding(output_embedding(self.model)).weight.device
+                inputs = {**inputs, "hidden_rows": rows.to(device, non_blocking=True)}
         else:
             num_items_in_batch = None
         loss, outputs = super().compute_loss(

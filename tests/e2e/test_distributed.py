@@ -53,7 +53,7 @@ def two_chats(tmp_path) -> list[dict[str, str]]:
 def torchrun(config: Path, **environment: str) -> None:
     env = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         **environment,
@@ -86,11 +86,11 @@ def one_process(make_yaml, axolotl, tmp_path):
     return run
 
 
-def assert_same(one: Path, two: Path) -> None:
+def assert_same(one: Path, two: Path, numbers: tuple[str, ...] = NUMBERS) -> None:
     logs = [[entry for entry in log_history(out) if "loss" in entry] for out in (one, two)]
     assert len(logs[0]) == len(logs[1]) == 2
     for first, second in zip(*logs, strict=True):
-        for key in NUMBERS:
+        for key in numbers:
             assert second[key] == pytest.approx(first[key], rel=5e-4, abs=1e-6), key
     expected = read_heads(one / "medusa_heads").head_tensors()
     found = read_heads(two / "medusa_heads").tensors
@@ -104,6 +104,22 @@ def test_two_ddp_processes_equal_one(one_process, make_yaml, tmp_path, two_chats
     two = tmp_path / "two"
     torchrun(make_yaml(**COMMON, datasets=two_chats, output_dir=str(two)), ACCELERATE_USE_CPU="true")
     assert_same(one_process(datasets=two_chats), two)
+
+
+def test_two_ddp_processes_share_a_hidden_cache_and_equal_one(one_process, make_yaml, tmp_path, two_chats):
+    """The second epoch gives each rank what the other may have stored in the first."""
+    options = {"medusa_only_heads": True, "datasets": two_chats}
+    plugins = [*COMMON["plugins"], "watch_backbone.WatchBackbonePlugin"]
+    cached = {**COMMON, **options, "plugins": plugins, "medusa_hidden_cache": str(tmp_path / "cache")}
+    two, runs = tmp_path / "two", tmp_path / "runs"
+    torchrun(make_yaml(**cached, output_dir=str(two)), ACCELERATE_USE_CPU="true", BACKBONE_RUNS=str(runs))
+    assert runs.read_text().split() == ["0.0", "0.0"]
+    exact = tuple(key for key in NUMBERS if key != "base_loss")  # Medusa-1 samples it from each batch
+    assert_same(one_process(**options, medusa_hidden_cache=str(tmp_path / "own")), two, exact)
+    again = tmp_path / "again"
+    torchrun(make_yaml(**cached, output_dir=str(again)), ACCELERATE_USE_CPU="true", BACKBONE_RUNS=str(runs))
+    assert len(runs.read_text().split()) == 2
+    assert_same(two, again)
 
 
 def test_two_zero3_processes_equal_one_and_gather_on_save(one_process, make_yaml, tmp_path, two_chats):
