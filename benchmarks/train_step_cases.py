@@ -43,6 +43,7 @@ class Case:
         directory: Where the model's weights are.
         vocab: Size of the vocabulary of a random model, if not its own.
         lora_dropout: Dropout of the adapters.
+        checkpointing: Whether our side recomputes the backbone's activations, as axolotl's `gradient_checkpointing` has it.
     """
 
     model: str
@@ -57,11 +58,12 @@ class Case:
     directory: str = ""
     vocab: int = 0
     lora_dropout: float = 0.05
+    checkpointing: bool = False
 
     @property
     def name(self) -> str:
         """What `--cases` selects by."""
-        return f"{self.model} {self.stage} {self.form} {self.precision}"
+        return f"{self.model} {self.stage} {self.form} {self.precision}" + " checkpointing" * self.checkpointing
 
     def to_json(self) -> str:
         """The case for a process of its own."""
@@ -76,6 +78,7 @@ def step_cases(directory: str) -> list[Case]:
             Case("smollm2", "medusa-1", "separate", precision, directory=directory),
             Case("smollm2", "medusa-1", "shared", precision, directory=directory),
             Case("smollm2", "medusa-2", "separate", precision, directory=directory),
+            Case("smollm2", "medusa-2", "separate", precision, directory=directory, checkpointing=True),
         ]
     for precision in PRECISIONS:
         for stage in STAGES:

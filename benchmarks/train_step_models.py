@@ -137,6 +137,8 @@ def our_model(case: Case, lm: Any, heads: MedusaHeads) -> Any:
     model, only_heads = lm, case.stage == "medusa-1"
     if not only_heads:
         model = get_peft_model(lm, lora_config(case), autocast_adapter_dtype=trained_dtype(case) == torch.float32)
+    if case.checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     attach_heads(model, heads)
     distilled = Objective(lm_coefficient=0.0, kl_coefficient=1.0)
     install_objective(model, Objective(only_heads=True) if only_heads else distilled)

@@ -29,6 +29,9 @@ CHUNK_LOGITS = 2**25
 ACCELERATOR_CHUNK_LOGITS = 2**28
 """The same elsewhere: each chunk reads and writes a weight gradient of up to a gigabyte, which takes as long as 400 rows."""
 
+COPIES = 4
+"""An adapter on the output layer makes several copies of a chunk's logits; chunks are smaller by this factor there."""
+
 Project = Callable[[Tensor], Tensor]
 """Maps hidden rows `[rows, hidden]` to logits `[rows, vocab]`."""
 
@@ -161,7 +164,8 @@ class _Run:
         """Chunks of every prediction; those with a fixed distribution are cut where its rows are."""
         drawn = {number: each.fixed_rows for number, each in enumerate(self.predictions) if each.fixed_rows is not None}
         if drawn and self.fixed is not None:
-            step = chunk_rows or self._rows_per_chunk(self.fixed.layer, self.fixed.hidden.device)
+            layers = [self.predictions[number].layer for number in drawn]
+            step = chunk_rows or self._rows_per_chunk(self.fixed.hidden.device, *layers)
             rows = self.fixed.hidden.shape[0]
             starts = list(range(0, max(rows, 1), step))
             edges = torch.tensor([*starts, rows], device=self.fixed.hidden.device)
@@ -171,13 +175,16 @@ class _Run:
                 yield _Chunk(parts, slice(start, min(start + step, rows)))
         for number, each in enumerate(self.predictions):
             if each.fixed_rows is None:
-                step, rows = chunk_rows or self._rows_per_chunk(each.layer, each.hidden.device), each.hidden.shape[0]
+                step, rows = chunk_rows or self._rows_per_chunk(each.hidden.device, each.layer), each.hidden.shape[0]
                 for start in range(0, max(rows, 1), step):
                     yield _Chunk([_Part(number, slice(start, min(start + step, rows)))], None)
 
     @staticmethod
-    def _rows_per_chunk(layer: OutputLayer, on: torch.device) -> int:
-        rows = max(1, (CHUNK_LOGITS if on.type == "cpu" else ACCELERATOR_CHUNK_LOGITS) // layer.vocab_size)
+    def _rows_per_chunk(on: torch.device, *layers: OutputLayer) -> int:
+        logits = CHUNK_LOGITS if on.type == "cpu" else ACCELERATOR_CHUNK_LOGITS
+        if any(layer.weight is None for layer in layers):
+            logits //= COPIES
+        rows = max(1, logits // layers[0].vocab_size)
         return rows - rows % 64 if rows > 64 else rows  # kernels are fastest on whole tiles
 
     def inputs(self, chunk: _Chunk) -> list[Tensor]:

@@ -163,7 +163,7 @@ def _cross_entropy_block(
 ) -> Tensor:
     """Cross-entropy alone: the gradient is softmax - one-hot, without leaving the logits' memory.
 
-    Where the target is nearly certain, 1 - q[target] has no digits left in half precision; so it is summed from the
+    Where the target is nearly certain, q[target] - 1 has no digits left in half precision; there it is summed from the
     other tokens.
 
     Returns:
@@ -173,14 +173,16 @@ def _cross_entropy_block(
     at_target = (torch.arange(q.shape[0], device=q.device), targets[block])
     torch.softmax(q, dim=-1, out=q)
     of_target = q[at_target]
+    likelihood, gradient = of_target.float().log(), of_target - 1
     q[at_target] = 0.0
-    others = q.sum(dim=-1)
-    likelihood = torch.where(of_target > 0.5, torch.log1p(-others.float()), of_target.float().log())
+    if q.dtype != torch.float32:
+        others = q.sum(dim=-1)
+        likelihood, gradient = torch.where(of_target > 0.5, torch.log1p(-others.float()), likelihood), -others
     values.cross_entropy[block] = -likelihood
     hits = _hits(q, of_target, block, accuracies)
     if accuracies:
         values.correct[block] = of_target >= _largest_of_positive(q)
-    q[at_target] = -others
+    q[at_target] = gradient
     return hits
 
 
