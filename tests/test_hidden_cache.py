@@ -322,7 +322,7 @@ def test_batch_with_a_missing_sample_keeps_the_stored_states_of_the_others(rows,
     cached = CachedRows(open_cache())
     cached(packed(rows, [0]), lambda _: torch.ones(7, HIDDEN))
     found = cached(
-        packed(rows, [3, 0]), lambda batch: torch.full((12 if batch["labels"].shape[1] > 9 else 7, HIDDEN), 1.001)
+        packed(rows, [3, 0]), lambda batch: torch.full((12 if batch["labels"].shape[1] > 9 else 7, HIDDEN), 1.5)
     )
     assert torch.equal(found[5:], torch.ones(7, HIDDEN).bfloat16())
 
