@@ -149,7 +149,7 @@ class MedusaArgs(BaseModel):
     )
     medusa_head_loss: Literal["ce", "kl"] = Field(
         default="ce",
-        description="ce, or kl: heads learn the base model's own distribution at the position they predict.",
+        description="ce, or kl: heads learn the base model's own distribution (the frozen self's in self-distillation).",
     )
     medusa_hidden_cache: str | None = Field(
         default=None,

@@ -50,7 +50,8 @@ class Objective:
         lm_coefficient: Weight of the base model's own cross-entropy.
         kl_coefficient: Weight of KL(frozen self ‖ trained self).
         distillation_regularization: Share α of the model's own softmax in the base targets.
-        head_loss: `ce`, or `kl` from the model's own distribution at the position that a head predicts.
+        head_loss: `ce`, or `kl` from the model's own distribution (with `kl_coefficient` the frozen self's) at the position that a
+            head predicts.
         logging: Whether accuracies are computed and the acceptance length.
         logging_topk: Accuracies top 1 to k.
         recompute: See `chunked_loss.row_losses`.
