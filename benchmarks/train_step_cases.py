@@ -43,7 +43,7 @@ class Case:
         directory: Where the model's weights are.
         vocab: Size of the vocabulary of a random model, if not its own.
         lora_dropout: Dropout of the adapters.
-        checkpointing: Whether our side recomputes the backbone's activations, as axolotl's `gradient_checkpointing` has it.
+        checkpoint_layers: Of how many decoder layers our side recomputes the activations, `medusa_checkpoint_layers`.
     """
 
     model: str
@@ -58,12 +58,13 @@ class Case:
     directory: str = ""
     vocab: int = 0
     lora_dropout: float = 0.05
-    checkpointing: bool = False
+    checkpoint_layers: int = 0
 
     @property
     def name(self) -> str:
         """What `--cases` selects by."""
-        return f"{self.model} {self.stage} {self.form} {self.precision}" + " checkpointing" * self.checkpointing
+        recomputed = f" {self.checkpoint_layers} layers recomputed" if self.checkpoint_layers else ""
+        return f"{self.model} {self.stage} {self.form} {self.precision}{recomputed}"
 
     def to_json(self) -> str:
         """The case for a process of its own."""
@@ -78,7 +79,7 @@ def step_cases(directory: str) -> list[Case]:
             Case("smollm2", "medusa-1", "separate", precision, directory=directory),
             Case("smollm2", "medusa-1", "shared", precision, directory=directory),
             Case("smollm2", "medusa-2", "separate", precision, directory=directory),
-            Case("smollm2", "medusa-2", "separate", precision, directory=directory, checkpointing=True),
+            Case("smollm2", "medusa-2", "separate", precision, directory=directory, checkpoint_layers=20),
         ]
     for precision in PRECISIONS:
         for stage in STAGES:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from train_step_cases import LORA_RANK, WIDE_HIDDEN, WIDE_VOCAB, Case, Side
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from axolotl_medusa.heads import MedusaHeads, attach_heads, backbone, output_embedding
+from axolotl_medusa.heads import MedusaHeads, attach_heads, backbone, checkpoint_layers, output_embedding
 from axolotl_medusa.objective import Objective, install_objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -137,8 +137,8 @@ def our_model(case: Case, lm: Any, heads: MedusaHeads) -> Any:
     model, only_heads = lm, case.stage == "medusa-1"
     if not only_heads:
         model = get_peft_model(lm, lora_config(case), autocast_adapter_dtype=trained_dtype(case) == torch.float32)
-    if case.checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if case.checkpoint_layers:
+        checkpoint_layers(lm, min(case.checkpoint_layers, lm.config.num_hidden_layers))
     attach_heads(model, heads)
     distilled = Objective(lm_coefficient=0.0, kl_coefficient=1.0)
     install_objective(model, Objective(only_heads=True) if only_heads else distilled)

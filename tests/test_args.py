@@ -31,6 +31,7 @@ DEFAULTS = {
     "medusa_scheduler": "constant",
     "medusa_lr_multiplier": 1.0,
     "medusa_num_unfreeze_layers": 0,
+    "medusa_checkpoint_layers": 0,
     "medusa_self_distillation": False,
     "medusa_lm_coefficient": 1.0,
     "medusa_kl_coefficient": 0.0,
@@ -81,6 +82,7 @@ BOUNDS = [
     ("medusa_decay_coefficient", [0.01, 1.0], [0, 1.01]),
     ("medusa_lr_multiplier", [0.1, 10], [0, -1]),
     ("medusa_num_unfreeze_layers", [0, 3], [-1, 0.5]),
+    ("medusa_checkpoint_layers", [0, 12], [-1, 0.5]),
     ("medusa_lm_coefficient", [0.0, 2.0], [-0.1]),
     ("medusa_kl_coefficient", [0.0, 2.0], [-0.1]),
     ("medusa_distillation_regularization", [0.0, 0.99], [-0.1, 1.0]),
@@ -186,6 +188,12 @@ CONTRADICTIONS = [
     ),
     ("medusa_self_distillation", "adapter", {"medusa_self_distillation": True}),
     ("medusa_num_unfreeze_layers", "adapter: qlora", {"medusa_num_unfreeze_layers": 2, "adapter": "qlora"}),
+    ("medusa_checkpoint_layers", "medusa_only_heads", {"medusa_checkpoint_layers": 2, "medusa_only_heads": True}),
+    (
+        "medusa_checkpoint_layers",
+        "gradient_checkpointing: true",
+        {"medusa_checkpoint_layers": 2, "gradient_checkpointing": "true"},
+    ),
     ("medusa_num_unfreeze_layers", "medusa_only_heads", {"medusa_num_unfreeze_layers": 2, "medusa_only_heads": True}),
     (
         "medusa_num_unfreeze_layers",

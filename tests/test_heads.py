@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from axolotl_medusa.checkpoint import output_layer_weight
 from axolotl_medusa.heads import (
@@ -26,6 +27,7 @@ from axolotl_medusa.heads import (
     attached_heads,
     backbone,
     causal_lm,
+    checkpoint_layers,
     decoder_layers,
     embedding_shape,
     frozen_output_embedding,
@@ -295,6 +297,44 @@ def test_decoder_layers_model_without_such_a_list_is_an_error():
     model.config.num_hidden_layers = 7
     with pytest.raises(ValueError, match="no list of 7 decoder layers in LlamaForCausalLM: medusa_num_unfreeze_layers"):
         decoder_layers(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2-softcap"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_checkpoint_layers_recomputes_the_first_ones_and_changes_no_gradient(family, lora):
+    def gradients_and_calls(count):
+        model = make_model(family).train()
+        trained = add_lora(model) if lora else model
+        if count:
+            checkpoint_layers(trained, count)
+        calls = []
+        for number, layer in enumerate(decoder_layers(trained)[0]):
+            layer.mlp.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+        trained(input_ids=torch.arange(3, 15)[None]).logits.square().mean().backward()
+        return [each.grad for each in trained.parameters() if each.grad is not None], sorted(calls)
+
+    expected, calls = gradients_and_calls(0)
+    assert calls == [0, 1]
+    for count, recomputed in ((1, [0, 0, 1]), (2, [0, 0, 1, 1])):
+        found, calls = gradients_and_calls(count)
+        assert calls == recomputed
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_checkpoint_layers_of_more_layers_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="medusa_checkpoint_layers is 3 but the model has 2 decoder layers"):
+        checkpoint_layers(make_model(), 3)
+
+
+def test_checkpoint_layers_of_layers_that_cannot_be_recomputed_alone_is_an_error(monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(model, "gradient_checkpointing_enable", lambda **_: None)
+    monkeypatch.delattr(GradientCheckpointingLayer, "gradient_checkpointing")
+    with pytest.raises(
+        ValueError, match="LlamaDecoderLayer cannot be recomputed by itself: set gradient_checkpointing: true"
+    ):
+        checkpoint_layers(model, 1)
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -112,6 +112,11 @@ class MedusaArgs(BaseModel):
         ge=0,
         description="Train only the last n decoder layers and the final norm with the heads; 0: all layers.",
     )
+    medusa_checkpoint_layers: int = Field(
+        default=0,
+        ge=0,
+        description="Medusa-2: recompute activations of the first n decoder layers in the backward; gradient_checkpointing does all.",
+    )
     medusa_self_distillation: bool = Field(
         default=False,
         description="Adds KL(frozen self ‖ trained self) to the base loss; the teacher is the model with adapters off.",
@@ -163,7 +168,12 @@ class MedusaArgs(BaseModel):
     )
 
     @field_validator(
-        "medusa_num_heads", "medusa_num_layers", "medusa_num_unfreeze_layers", "medusa_logging_topk", mode="before"
+        "medusa_num_heads",
+        "medusa_num_layers",
+        "medusa_num_unfreeze_layers",
+        "medusa_checkpoint_layers",
+        "medusa_logging_topk",
+        mode="before",
     )
     @classmethod
     def _refuse_booleans(cls, value: Any) -> Any:
@@ -320,6 +330,16 @@ def _recipe_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"medusa_num_unfreeze_layers is {args.medusa_num_unfreeze_layers} with medusa_only_heads: true, which freezes every "
             "layer; set medusa_only_heads: false or remove medusa_num_unfreeze_layers"
+        )
+    if args.medusa_checkpoint_layers and args.medusa_only_heads:
+        problems.append(
+            f"medusa_checkpoint_layers is {args.medusa_checkpoint_layers} with medusa_only_heads: true, which keeps no activations of "
+            "the layers; remove it"
+        )
+    if args.medusa_checkpoint_layers and cfg.get("gradient_checkpointing"):
+        problems.append(
+            f"medusa_checkpoint_layers is {args.medusa_checkpoint_layers} with gradient_checkpointing: "
+            f"{cfg['gradient_checkpointing']}, which recomputes all layers; set gradient_checkpointing: false or remove it"
         )
     if args.medusa_num_unfreeze_layers and cfg.get("unfrozen_parameters"):
         problems.append("medusa_num_unfreeze_layers and unfrozen_parameters are both set: keep one of the two")

@@ -181,8 +181,33 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
                 return child, module
     raise ValueError(
         f"found no list of {config.num_hidden_layers} decoder layers in {type(causal_lm(model)).__name__}: "
-        "medusa_num_unfreeze_layers cannot be used with this model; set it to 0"
+        "medusa_num_unfreeze_layers and medusa_checkpoint_layers cannot be used with this model; set them to 0"
     )
+
+
+def checkpoint_layers(model: nn.Module, count: int) -> None:
+    """Lets the backward recompute the activations of the first `count` decoder layers instead of keeping them.
+
+    The first ones, because by the time they are recomputed those of the others are gone.
+
+    Raises:
+        ValueError: The model has fewer layers, or does not let single layers be recomputed.
+    """
+    layers, _ = decoder_layers(model)
+    lm = causal_lm(model)
+    if count > len(layers):
+        raise ValueError(
+            f"medusa_checkpoint_layers is {count} but the model has {len(layers)} decoder layers: expected at most that many"
+        )
+    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
+        lm.gradient_checkpointing_disable()
+        raise ValueError(
+            f"{type(layers[0]).__name__} cannot be recomputed by itself: set gradient_checkpointing: true, which recomputes all "
+            "layers, and remove medusa_checkpoint_layers"
+        )
+    for layer in list(layers)[count:]:
+        setattr(layer, "gradient_checkpointing", False)  # noqa: B010 (mypy takes it for a submodule)
 
 
 def identity(logits: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from axolotl_medusa.heads import (
     attached_heads,
     backbone,
     causal_lm,
+    checkpoint_layers,
     decoder_layers,
     frozen_output_embedding,
     output_embedding,
@@ -242,6 +243,8 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         self._medusa_factor = scheduler_factor(*self._medusa_schedule, progress=0.0)
         self._medusa_sums: dict[str, Tensor | None] = {"train": None, "eval": None}
         set_trainable(self.model, cfg)
+        if cfg.medusa_checkpoint_layers:
+            checkpoint_layers(self.model, cfg.medusa_checkpoint_layers)
         counts = check_trainable(self.model, cfg)
         LOG.info("Medusa trains " + ", ".join(f"{part}: {size:,}" for part, size in counts.items()) + " parameters")
         self._saver = HeadsSaver(self.model, cfg, self.processing_class)
