@@ -197,13 +197,16 @@ def test_bounds_of_vocabulary_allow_the_larger_matrices_and_one_chunk():
 def test_train_step_script_on_a_tiny_model_writes_its_figures(tmp_path):
     make_model("llama-tied").save_pretrained(tmp_path / "model")
     out = tmp_path / "result.json"
-    cases = ["smollm2 medusa-2 separate bf16", "heads-loss smollm2 separate bf16"]
+    step = "smollm2 medusa-2 separate bf16"
+    steps, heads_loss = [step, f"{step} 20 layers recomputed"], "heads-loss smollm2 separate bf16"
     command = [sys.executable, "benchmarks/train_step.py", "--model", tmp_path / "model", "--json", out]
     sizes = ["--batch", "1", "--seq", "64", "--heads", "2", "--rounds", "1"]
-    done = subprocess.run([*command, *sizes, "--cases", *cases], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [*command, *sizes, "--cases", step, heads_loss], cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode in (0, 1), done.stderr  # a tiny model says nothing about the bounds
     result = json.loads(out.read_text())
-    assert list(result["steps"]) == cases[:1] and list(result["heads_loss"]) == cases[1:]
+    assert list(result["steps"]) == steps and list(result["heads_loss"]) == [heads_loss]
     for found in result["steps"].values():
         assert found["first_loss"]["ours"] == pytest.approx(found["first_loss"]["reference"], rel=0.02)
         assert all(found["seconds"][name] > 0 for name in ("ours", "reference", "backbone"))
@@ -214,11 +217,11 @@ def test_train_step_script_on_a_tiny_model_writes_its_figures(tmp_path):
             memory = found["memory_mib"][side]
             assert 0 < memory["runtime"] <= memory["model"] <= memory["before_step"] <= memory["peak"] + 1
         assert found["rows"][0] >= found["rows"][1] >= found["rows"][2] > 0
-    assert result["heads_loss"][cases[1]]["share"] > 0
-    assert len(result["bounds"]) == 3
+    assert result["heads_loss"][heads_loss]["share"] > 0
+    assert len(result["bounds"]) == 5
     for bound in result["bounds"]:
         assert bound["what"] in done.stdout
-    for name in cases:
+    for name in (*steps, heads_loss):
         assert name in done.stdout
 
 
