@@ -63,6 +63,24 @@ def test_a_decoding_step_costs_no_more_than_it_may():
         assert f"{worst:.2f} ({kind})" in README
 
 
+def test_training_step_figures_are_those_of_the_committed_json():
+    """The table's rows that have a reference, and the README's sentence about them."""
+    steps = results("train_step")["steps"]
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for name, found in steps.items():
+        seconds, memory = found["seconds"], found["memory_mib"]
+        peaks = [f"{memory[side]['peak'] - memory[side]['runtime']:.0f}" for side in ("ours", "reference")]
+        rows = [line for line in text.splitlines() if f"| {peaks[0]} | {peaks[1]} |" in line]
+        assert len(rows) == 1, name
+        assert f"| {seconds['ours']:.2f} |" in rows[0] and f"| {found['memory_ratio']:.2f} |" in rows[0]
+        if "speed" in found:
+            assert f"| {seconds['reference']:.2f} | {found['speed']:.2f} × |" in rows[0]
+    for form in ("separate", "shared"):
+        found = steps[f"smollm2 medusa-1 {form} bf16"]
+        for figure in (f"{found['seconds']['ours']:.2f}", f"{found['speed']:.2f}", f"{found['memory_ratio']:.2f}"):
+            assert figure in README
+
+
 def test_results_of_the_quality_check_are_those_the_results_readme_names():
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
     gentle, strong = (run["quality"] for run in results("quality"))
