@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from axolotl_medusa.acceptance import accept_greedy
 from axolotl_medusa.chat_prompts import prompt_tokens, read_prompts
-from axolotl_medusa.decoding import Decoding
 from axolotl_medusa.evaluate import environment
 from axolotl_medusa.generate import MedusaModel
 from axolotl_medusa.heads import backbone
@@ -51,8 +49,7 @@ class Size:
 
     def __init__(self, model: MedusaModel, nodes: int, prompt: Tensor, max_new_tokens: int) -> None:
         self.model, self.nodes = model, nodes
-        tree, mask = default_tree(model.heads.num_heads, nodes), torch.ones_like(prompt)
-        self.decoding = Decoding(model, prompt, mask, tree=tree, rule=accept_greedy, max_new_tokens=max_new_tokens)
+        self.decoding = model.greedy_decoding(prompt, default_tree(model.heads.num_heads, nodes), max_new_tokens)
         self.decoding.step()
         self.cache = DynamicCache()
         self.plain(prompt)

@@ -18,7 +18,6 @@ are right in a row from head 0. The answers are the model's own greedy ones, so 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import platform
@@ -35,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
+from axolotl_medusa.evaluate import cpu_name
 from axolotl_medusa.heads import HEADS_NAME, HeadForm, MedusaHeads, embedding_shape, output_embedding
 from axolotl_medusa.loss import IGNORE_INDEX, medusa_targets
 from axolotl_medusa.objective import Objective, install_objective
@@ -299,21 +299,12 @@ def adam(heads: MedusaHeads, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(heads.parameters(), learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-def processor_name() -> str:
-    """The processor as Linux names it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
 def started_result(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     """The result without runs, or the one of an interrupted study of the same data, precision and machine."""
     packages = ("torch", "transformers", "axolotl-medusa")
     result = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "hardware": {"device": processor_name(), "torch_threads": torch.get_num_threads()},
+        "hardware": {"device": cpu_name() or platform.machine(), "torch_threads": torch.get_num_threads()},
         "precision": args.precision,
         "train_tokens": sum(batch.input_ids.numel() for batch in study.train),
         "batches_per_epoch": len(study.train),

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from axolotl_medusa.heads import MedusaHeads
+from axolotl_medusa.loss import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 TOP_K = 9
 HEADS = "plain_heads"
 """Name of the heads inside the causal LM, for peft's `modules_to_save`."""

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from plain_trainer import IGNORE_INDEX, PlainTrainer, column_targets
+from plain_trainer import PlainTrainer, column_targets
 from roofline import Shape
 from torch import Tensor, nn
 from train_step_cases import LORA_RANK, WIDE_HIDDEN, WIDE_VOCAB, Case, Side
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from axolotl_medusa.heads import MedusaHeads, attach_heads, backbone, checkpoint_layers, output_embedding
+from axolotl_medusa.loss import IGNORE_INDEX
 from axolotl_medusa.objective import Objective, install_objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

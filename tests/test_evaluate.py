@@ -11,6 +11,7 @@ from decoding_models import counting_heads, counting_model, fitted_heads, prompt
 from naive_decoding import head_tokens, plain_hidden
 
 from axolotl_medusa import evaluate as evaluate_module
+from axolotl_medusa import generate as generate_module
 from axolotl_medusa import step_times, tree_tuning
 from axolotl_medusa.acceptance import Accepted
 from axolotl_medusa.calibration import HeadRanks, head_ranks
@@ -120,7 +121,7 @@ def test_output_that_differs_from_plain_is_counted(monkeypatch):
         last = torch.full((len(logits),), len(tree.depths) - 1)
         return Accepted(last, logits[:, -1].argmax(-1))
 
-    monkeypatch.setattr(evaluate_module, "accept_greedy", accept_all)
+    monkeypatch.setattr(generate_module, "accept_greedy", accept_all)
     report = evaluate(counting([False]), [PromptTokens("a", [3])], {"chain": chain(1)}, 5)
     row = report["overall"]["decoders"]["chain"]
     assert (row["agreement"], row["agreement_before_first_difference"]) == (0, 1 / 5)

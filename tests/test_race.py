@@ -10,6 +10,7 @@ import torch
 from decoding_models import counting_heads, counting_model
 from example_tokenizers import make_tokenizer
 
+from axolotl_medusa import generate as generate_module
 from axolotl_medusa import race as race_module
 from axolotl_medusa.generate import MedusaModel
 from axolotl_medusa.plain_decoding import PlainDecoding
@@ -84,7 +85,7 @@ def test_texts_that_differ_are_called_so(clock, monkeypatch):
     def accept_all(logits, tokens, tree):
         return Accepted(torch.full((1,), len(tree.depths) - 1), logits[:, -1].argmax(-1))
 
-    monkeypatch.setattr(race_module, "accept_greedy", accept_all)
+    monkeypatch.setattr(generate_module, "accept_greedy", accept_all)
     out = io.StringIO()
     race(counting([False]), Letters(), [3], chain(1), 6, out)
     assert "plain decoding, texts differ" in out.getvalue()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
+from axolotl_medusa.errors import first_line
 from axolotl_medusa.heads import backbone, causal_lm
 
 COLUMNS = 256
@@ -73,7 +74,7 @@ class CompiledBackbone:
             with torch._dynamo.config.patch(recompile_limit=_SHAPES):
                 hidden: Tensor = self._forward(**arguments)[0]
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = str(error.inner_exception).strip().split("\n")[0][:200]
+            reason = first_line(error.inner_exception)
             raise RuntimeError(
                 f"torch.compile failed ({type(error.inner_exception).__name__}: {reason}): "
                 "it needs a C++ compiler (g++ or clang++); install one, or leave compile=True (--compile) out"

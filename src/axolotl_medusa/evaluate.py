@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 
-from axolotl_medusa.acceptance import accept_greedy
 from axolotl_medusa.calibration import TOP_K, HeadRanks, head_ranks
-from axolotl_medusa.decoding import Decoding, GenerationStats, check_prompts
+from axolotl_medusa.decoding import GenerationStats, check_prompts
 from axolotl_medusa.generate import MedusaModel
 from axolotl_medusa.heads import causal_lm
 from axolotl_medusa.plain_decoding import PlainDecoding
@@ -189,16 +188,7 @@ def _decode(
         seconds = timed(run_plain, input_ids)
         tokens = len(plain.tokens)
         return Decoded(plain.tokens, seconds, GenerationStats(tokens, tokens, tokens, Counter({1: tokens - 1})))
-    decoding = Decoding(
-        model,
-        input_ids,
-        torch.ones_like(input_ids),
-        tree=tree,
-        rule=accept_greedy,
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=model.eos_token_ids,
-        compiled=model.compiled() if compile else None,
-    )
+    decoding = model.greedy_decoding(input_ids, tree, max_new_tokens, model.eos_token_ids, compile)
 
     def run() -> None:
         while decoding.rows and decoding.stats.batch_forwards != steps:
@@ -253,7 +243,7 @@ def environment(model: MedusaModel) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "cuda": torch.version.cuda}
         | {name: _version(name) for name in _VERSIONS_OF},
         "hardware": {
-            "device": torch.cuda.get_device_name(weight.device) if cuda else (_cpu_name() or platform.machine()),
+            "device": torch.cuda.get_device_name(weight.device) if cuda else (cpu_name() or platform.machine()),
             "device_type": weight.device.type,
             "cpu_cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
@@ -279,7 +269,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str | None:
+def cpu_name() -> str | None:
     """The processor's name as Linux gives it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123

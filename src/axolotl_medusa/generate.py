@@ -6,14 +6,14 @@ Contract: needs torch and transformers only. A step forwards a candidate tree (`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from axolotl_medusa.acceptance import Acceptance, acceptance_rule
+from axolotl_medusa.acceptance import Acceptance, accept_greedy, acceptance_rule
 from axolotl_medusa.compiled import CompiledBackbone
 from axolotl_medusa.decoding import Decoding, GenerationStats, check_prompts
 from axolotl_medusa.heads import MedusaHeads, causal_lm, frozen_output_embedding, logit_transform, output_embedding
@@ -136,6 +136,26 @@ class MedusaModel:
         found = tree if isinstance(tree, Tree) else named_tree(tree, self.heads.num_heads)
         found.check_fits(self.heads.num_heads, self.heads.vocab_size)
         return found
+
+    def greedy_decoding(
+        self,
+        input_ids: Tensor,
+        tree: Tree,
+        max_new_tokens: int,
+        eos_token_ids: Collection[int] = (),
+        compile: bool = False,
+    ) -> Decoding:
+        """Greedy decoding of prompts of one length, `[batch, prompt]`, to be stepped by whoever measures or shows it."""
+        return Decoding(
+            self,
+            input_ids,
+            torch.ones_like(input_ids),
+            tree=tree,
+            rule=accept_greedy,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            compiled=self.compiled() if compile else None,
+        )
 
     @torch.no_grad()
     def generate(

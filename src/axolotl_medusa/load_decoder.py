@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from axolotl_medusa.errors import first_line
 from axolotl_medusa.generate import MedusaModel
 from axolotl_medusa.sources import find_source
 
@@ -68,7 +69,7 @@ def load_tokenizer(heads: str | Path, base_model: str | None = None) -> Any:
         config = AutoConfig.from_pretrained(source.backbone_dir())
         return AutoTokenizer.from_pretrained(directory, config=config)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = first_line(error)
         raise ValueError(f"{directory} has no tokenizer that can be loaded: {reason}") from error
 
 
@@ -99,7 +100,7 @@ def load_original(heads: str | Path, base_model: str | None, original: str | Non
     try:
         return AutoModelForCausalLM.from_pretrained(original, dtype="auto").to(device).eval()
     except (OSError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = first_line(error)
         raise ValueError(
             f"the original model {original} cannot be loaded: {reason}: name it with --original"
         ) from error

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from axolotl_medusa.backbone import lm_head
 from axolotl_medusa.checkpoint import HeadsFile, lm_head_hash, read_heads, weight_hash
+from axolotl_medusa.errors import first_line
 from axolotl_medusa.heads import MedusaHeads, causal_lm, embedding_shape, frozen_output_embedding, output_embedding
 from axolotl_medusa.sources import Source, find_source
 
@@ -112,7 +113,7 @@ def _load(
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **load_options)
     except (OSError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = first_line(error)
         raise ValueError(f"{directory} cannot be loaded as a causal language model: {reason}") from error
     if source.adapter_dir is not None:
         try:

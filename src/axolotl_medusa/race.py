@@ -15,8 +15,6 @@ from typing import Any, TextIO
 
 import torch
 
-from axolotl_medusa.acceptance import accept_greedy
-from axolotl_medusa.decoding import Decoding
 from axolotl_medusa.generate import MedusaModel
 from axolotl_medusa.heads import causal_lm
 from axolotl_medusa.plain_decoding import PlainDecoding
@@ -80,16 +78,7 @@ def race(
 
     def runners() -> tuple[_Runner, _Runner]:
         plain = PlainDecoding(model.base_model, ids, max_new_tokens, model.eos_token_ids)
-        medusa = Decoding(
-            model,
-            ids,
-            torch.ones_like(ids),
-            tree=tree,
-            rule=accept_greedy,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=model.eos_token_ids,
-            compiled=model.compiled() if compile else None,
-        )
+        medusa = model.greedy_decoding(ids, tree, max_new_tokens, model.eos_token_ids, compile)
         return (
             _Runner("plain", plain.step, lambda: plain.done, plain.tokens, lambda: 1.0),
             _Runner(

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from axolotl_medusa.acceptance import accept_greedy
-from axolotl_medusa.decoding import Decoding
 from axolotl_medusa.generate import MedusaModel
 from axolotl_medusa.heads import causal_lm
 from axolotl_medusa.plain_decoding import PlainDecoding
@@ -74,18 +72,7 @@ def measure_steps(
         input_ids = input_ids[: model.context - new_tokens]
     prompt = torch.tensor([list(input_ids)], device=causal_lm(model.base_model).get_input_embeddings().weight.device)
     plain = PlainDecoding(model.base_model, prompt, new_tokens)
-    decoders = {
-        tree.num_nodes: Decoding(
-            model,
-            prompt,
-            torch.ones_like(prompt),
-            tree=tree,
-            rule=accept_greedy,
-            max_new_tokens=new_tokens,
-            compiled=model.compiled() if compile else None,
-        )
-        for tree in trees
-    }
+    decoders = {tree.num_nodes: model.greedy_decoding(prompt, tree, new_tokens, compile=compile) for tree in trees}
     steps: dict[int, Callable[[], object]] = {nodes: decoding.step for nodes, decoding in decoders.items()}
     plain_s: list[float] = []
     ratios: dict[int, list[float]] = {nodes: [] for nodes in steps}

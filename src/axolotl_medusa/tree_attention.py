@@ -21,6 +21,7 @@ from transformers import Cache, DynamicCache
 
 from axolotl_medusa.acceptance import TreeTensors, tree_tensors
 from axolotl_medusa.compiled import CompiledBackbone
+from axolotl_medusa.errors import first_line
 from axolotl_medusa.heads import backbone, causal_lm
 from axolotl_medusa.tree import Tree
 
@@ -240,7 +241,7 @@ def check_target(model: nn.Module) -> None:
     try:
         difference = _probe(model)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = first_line(error)
         raise ValueError(f"{name} cannot verify a tree in one forward ({type(error).__name__}: {reason})") from error
     if not difference <= _PROBE_TOLERANCE:
         raise ValueError(
