@@ -43,7 +43,7 @@ STEPS_FOR_PEAK = 2
 LOSS_RTOL = 0.02
 """Both sides' losses are equal but for rounding and, after the first step, dropout."""
 
-CHUNKS = (1024, 512, 256)
+CHUNKS = (1024, 512, 320, 256)
 """Rows of the chunks in which the matmuls are tried alone."""
 
 

@@ -324,3 +324,32 @@ def test_row_losses_in_bf16_are_no_further_from_fp32_than_plain_bf16(name, bias,
         strict=True,
     ):
         assert (found - right).norm() <= (theirs - right).norm() + tolerance * right.norm()
+
+
+def test_row_losses_in_half_precision_of_certain_and_other_targets_together():
+    """Where a target is nearly certain its gradient comes from the other tokens: in those rows alone."""
+    case = Case(dtype=torch.bfloat16)
+    with torch.no_grad():
+        case.hidden[::3] = case.linear.weight[case.targets[::3]] * 30.0
+    hidden = case.hidden.detach().double().requires_grad_()
+    logits = hidden @ case.linear.weight.detach().double().T
+    expected = F.cross_entropy(logits, case.targets, reduction="sum")
+    expected.backward()
+    certain = logits.softmax(-1)[torch.arange(ROWS), case.targets] > 0.5
+    assert 0 < int(certain.sum()) < ROWS
+    loss, _ = case.loss(recompute=False)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=2**-6, atol=0)
+    torch.testing.assert_close(case.hidden.grad.double(), hidden.grad, rtol=2**-5, atol=2**-7)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 5, ROWS, ROWS + 1])
+def test_row_losses_gradient_of_rows_does_not_depend_on_how_many_are_multiplied_at_once(rows_at_once, monkeypatch):
+    expected, found = Case(dtype=torch.bfloat16), Case(dtype=torch.bfloat16)
+    monkeypatch.setattr(chunked_loss, "NARROW_HIDDEN", 0)
+    expected.loss(recompute=False)[0].backward()
+    monkeypatch.setattr(chunked_loss, "NARROW_HIDDEN", 2**20)
+    monkeypatch.setattr(chunked_loss, "NARROW_ROWS", rows_at_once)
+    found.loss(recompute=False)[0].backward()
+    for ours, theirs in zip(found.wanted, expected.wanted, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=2**-6, atol=2**-9)

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from axolotl_medusa.loss import IGNORE_INDEX, RowLossWeights
 
-_BLOCK_BYTES = 2**23
-"""Logits that are worked on together on a CPU: they stay in the cache between one pass and the next."""
+_BLOCK_BYTES = 2**25
+"""Memory that is worked on together on a CPU: it stays in a large cache between one pass and the next."""
+
+_COPIES = 4
+"""Blocks are smaller by this factor where copies of them are made, in fp32."""
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -57,7 +60,7 @@ class FixedProbabilities(NamedTuple):
 def fixed_distribution(logits: Tensor, p: Tensor) -> FixedProbabilities:
     """The probabilities that logits `[rows, vocab]` stand for, written into `p`, `[rows, vocab]` in fp32."""
     sums = torch.empty(logits.shape[0], device=logits.device)
-    for block in _blocks(logits):
+    for block in _blocks(logits, _COPIES):
         scores = logits[block].float()
         torch.softmax(scores, dim=-1, out=p[block])
         log_sum = scores.amax(dim=-1) - p[block].amax(dim=-1).log()
@@ -105,18 +108,19 @@ def gradient_in_place(
     """
     values = _RowValues(*torch.zeros((4, logits.shape[0]), device=logits.device))
     hits = torch.zeros(accuracies.top_k if accuracies else 0, dtype=torch.long, device=logits.device)
-    for block in _blocks(logits):
-        if fixed is None and not weights.own_softmax and fused_kernels_for(logits.device):
-            hits += _cross_entropy_fused(logits, block, targets, values, accuracies)
-        elif fixed is None and not weights.own_softmax:
-            hits += _cross_entropy_block(logits, block, targets, values, accuracies)
-        else:
+    only_cross_entropy = fixed is None and not weights.own_softmax
+    for block in _blocks(logits, copies=1 if only_cross_entropy else _COPIES):
+        if not only_cross_entropy:
             hits += _all_terms_block(logits, block, targets, fixed, weights, values, accuracies)
+        elif fused_kernels_for(logits.device):
+            hits += _cross_entropy_fused(logits, block, targets, values, accuracies)
+        else:
+            hits += _cross_entropy_block(logits, block, targets, values, accuracies)
     lost = (~(values.cross_entropy < -math.log(torch.finfo(logits.dtype).tiny))).nonzero().squeeze(1)
     if lost.numel():
         again = logits_again(lost).float()
         values.cross_entropy[lost] = again.logsumexp(-1) - again.gather(1, targets[lost, None]).squeeze(1)
-    if fixed is None and weights.cross_entropy != 1.0 and not weights.own_softmax:
+    if only_cross_entropy and weights.cross_entropy != 1.0:
         logits *= weights.cross_entropy
     cross_entropy, kl = values.cross_entropy.sum(), values.kl.sum()
     loss = weights.cross_entropy * (1.0 - weights.own_softmax) * cross_entropy + weights.kl * kl
@@ -175,9 +179,9 @@ def _cross_entropy_block(
     of_target = q[at_target]
     likelihood, gradient = of_target.float().log(), of_target - 1
     q[at_target] = 0.0
-    if q.dtype != torch.float32:
-        others = q.sum(dim=-1)
-        likelihood, gradient = torch.where(of_target > 0.5, torch.log1p(-others.float()), likelihood), -others
+    if q.dtype != torch.float32 and (certain := (of_target > 0.5).nonzero().squeeze(1)).numel():
+        others = q[certain].sum(dim=-1)
+        likelihood[certain], gradient[certain] = torch.log1p(-others.float()), -others
     values.cross_entropy[block] = -likelihood
     hits = _hits(q, of_target, block, accuracies)
     if accuracies:
@@ -240,11 +244,11 @@ def _largest_of_positive(values: Tensor) -> Tensor:
     return bits.amax(dim=-1).view(values.dtype)
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def _blocks(logits: Tensor, copies: int) -> Iterator[slice]:
     """Slices of rows that are worked on together: small ones on a CPU, all rows elsewhere."""
     rows = logits.shape[0]
     step = rows
     if logits.device.type == "cpu":
-        step = max(1, _BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
+        step = max(1, _BLOCK_BYTES // (copies * logits.shape[1] * logits.element_size()))
     for start in range(0, rows, max(step, 1)):
         yield slice(start, min(start + step, rows))
