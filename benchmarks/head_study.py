@@ -235,7 +235,7 @@ class Study:
         return {
             each: {
                 "step_s": round(statistics.median(used for used, _ in values[1:]), 4),
-                "step_wall_s_on_the_busy_machine": round(statistics.median(wall for _, wall in values[1:]), 4),
+                "step_wall_s": round(statistics.median(wall for _, wall in values[1:]), 4),
             }
             for each, values in seen.items()
         }

@@ -21,7 +21,7 @@ FORMS: tuple[Form, ...] = ("separate", "shared")
 LORA_RANK = 32
 WIDE_VOCAB = 49152
 WIDE_HIDDEN = 576
-RECOMPUTED = 16
+RECOMPUTED = 18
 """Of SmolLM2's 30 layers, in the Medusa-2 steps that must keep to a bound of memory: as few as that takes."""
 LARGE_SEQ = 256
 """Tokens of a step with the large models' shapes: a step of the reference in fp32 takes about a minute of two cores."""

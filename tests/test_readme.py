@@ -81,6 +81,19 @@ def test_training_step_figures_are_those_of_the_committed_json():
             assert figure in README
 
 
+def test_rates_of_the_loss_paths_are_those_of_the_committed_json():
+    rates = results("loss_paths")
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for name in (
+        "ours",
+        "ours, recomputed",
+        "plain",
+        *(f"linear_cross_entropy, accurate, {rows} rows" for rows in (256, 1024)),
+    ):
+        assert f"| {rates['fp32'][name]['gflops']:.0f} | {rates['bf16'][name]['gflops']:.0f} |" in text, name
+    assert f"| {rates['fp32']['linear_cross_entropy']['gflops']:.0f} | not run |" in text
+
+
 def test_results_of_the_quality_check_are_those_the_results_readme_names():
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
     gentle, strong = (run["quality"] for run in results("quality"))
