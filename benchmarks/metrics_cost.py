@@ -32,7 +32,7 @@ def build(directory: Path, logging: bool) -> nn.Module:
     heads = MedusaHeads(hidden_size, vocab_size, HEADS, form="shared")
     attach_heads(model, heads)
     install_objective(model, Objective(only_heads=True, logging=logging))
-    return model
+    return model.train()  # only then are accuracies sampled
 
 
 def main() -> None:

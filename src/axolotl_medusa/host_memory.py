@@ -1,8 +1,8 @@
 """Memory of the host that is kept from one training step to the next.
 
 Contract: `empty` stands for `torch.empty`. What PyTorch frees on a CPU goes back to the kernel, which maps and clears the
-pages again at the next step: up to a third of the time of a loss over a vocabulary, more in virtual machines. PyTorch
-keeps the memory of accelerators by itself.
+pages again at the next step: a fifth of the time of a loss over a vocabulary in a virtual machine (benchmarks/README.md).
+The most that was in use at once is kept until the process ends. PyTorch keeps the memory of accelerators by itself.
 """
 
 from __future__ import annotations
