@@ -94,6 +94,15 @@ def test_rates_of_the_loss_paths_are_those_of_the_committed_json():
     assert f"| {rates['fp32']['linear_cross_entropy']['gflops']:.0f} | not run |" in text
 
 
+def test_head_study_table_is_that_of_the_committed_json():
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    runs = results("head_study")["runs"]
+    assert len(runs) == 8
+    for run in runs:
+        row = f"| {run['form']} | {run['head_loss']} | {run['num_heads']} | {run['step_s']:.2f} | {run['steps']} |"
+        assert f"{row} {run['acceptance_length']:.3f} |" in text
+
+
 def test_results_of_the_quality_check_are_those_the_results_readme_names():
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
     gentle, strong = (run["quality"] for run in results("quality"))
