@@ -45,16 +45,10 @@ def _bound(what: str, found: float | None, sign: str, bound: float) -> dict[str,
 
 
 def bounds_of_step(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Speed and memory against the reference, for SmolLM2; what was not measured neither holds nor fails.
-
-    Both bounds of Medusa-2 must hold at once, which takes recomputed layers: without them both sides keep the backbone's
-    activations, most of what either needs.
-    """
+    """Speed and memory against the reference, for SmolLM2; what was not measured neither holds nor fails."""
     speed = SPEED.get((case.stage, case.form, case.precision))
     memory = MEMORY.get((case.stage, case.form))
     if case.model != "smollm2" or speed is None or memory is None:
-        return []
-    if case.stage == "medusa-2" and not case.checkpoint_layers:
         return []
     return [
         _bound(f"{case.name}: speed against the reference", found.get("speed"), ">=", speed),
