@@ -22,6 +22,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from machine import write_result
+
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = ROOT / "tests" / "data_generation" / "fake_server.py"
 COMMAND = ROOT / "data_generation" / "generate.py"
@@ -121,7 +123,7 @@ def main() -> int:
         "median": medians,
         "runs": runs,
     }
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_result(args.out, result)
     print(f"median: {medians['share_of_ideal']:.1%} of {IDEAL_PER_S:.0f} requests/s (target: {TARGET:.0%})")
     return int(medians["share_of_ideal"] < TARGET)
 

@@ -8,8 +8,6 @@ a temporary directory, and takes each measurement in a process of its own. Needs
 
 import argparse
 import json
-import os
-import platform
 import random
 import resource
 import subprocess
@@ -18,7 +16,6 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ sys.path.insert(0, str(ROOT / "data_generation"))
 
 import aiohttp  # noqa: E402, F401 - in memory as in generate.py
 import tqdm  # noqa: E402, F401
+from machine import description, write_result  # noqa: E402
 
 from conversation_files import OutputFiles  # noqa: E402
 from prompt_files import check_rows, id_key, read_rows  # noqa: E402
@@ -132,10 +130,7 @@ def measure_all(rows: int, parent: Path | None) -> dict[str, Any]:
         for name in MEASUREMENTS:
             result[name] = json.loads(run_self("--measure", name, "--directory", directory))
             print(f"{name:24}", *(f"{key} {value:g}" for key, value in result[name].items()), sep="  ", flush=True)
-    result["cpu"] = {"count": os.cpu_count(), "machine": platform.machine()}
-    result["versions"] = {"python": platform.python_version()}
-    result["versions"] |= {name: version(name) for name in ("aiohttp", "ijson")}
-    return result
+    return result | description("aiohttp", "ijson")
 
 
 def main() -> None:
@@ -153,7 +148,7 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.directory)))
     else:
         result = measure_all(args.rows, args.directory)
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result(args.out, result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ rounds of a / (1.15 b + c).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import write_result
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -133,7 +133,7 @@ def main() -> None:
                 f"{row['step_without_heads_to_plain']:20.3f}  {row['step_to_allowed']:12.3f}"
             )
     if args.json:
-        args.json.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+        write_result(args.json, runs)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from machine import description
 from model_server import ENVIRONMENT, VLLM_PYTHON, ServerStartError, half_precision, server, spec_decode_counters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,7 +190,6 @@ def stage_summary(_: argparse.Namespace) -> dict[str, Any]:
         "model": "SmolLM2-135M-Instruct",
         "server": result("server")["kind"],
         "precision": "bf16" if half_precision() else "fp32",
-        "cpu": {"count": os.cpu_count(), "machine": platform.machine()},
         "train_conversations": data["train"]["succeeded"],
         "train_tokens": data["train"]["completion_tokens"],
         "heldout_conversations": data["heldout"]["succeeded"],
@@ -205,7 +203,7 @@ def stage_summary(_: argparse.Namespace) -> dict[str, Any]:
             if report
         },
         "seconds": {stage: result(stage)["seconds"] for stage in STAGES[:-1]},
-        "versions": {name: version(name) for name in ("axolotl", "torch", "transformers", "axolotl-medusa")},
+        **description("axolotl", "torch", "transformers", "axolotl-medusa"),
     }
     (WORK / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     total = sum(seconds for stage, seconds in summary["seconds"].items() if stage != "server")

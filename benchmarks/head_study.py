@@ -20,21 +20,19 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from machine import description, write_result
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from axolotl_medusa.evaluate import cpu_name
 from axolotl_medusa.heads import HEADS_NAME, HeadForm, MedusaHeads, embedding_shape, output_embedding
 from axolotl_medusa.loss import IGNORE_INDEX, medusa_targets
 from axolotl_medusa.objective import Objective, install_objective
@@ -301,10 +299,9 @@ def adam(heads: MedusaHeads, learning_rate: float) -> torch.optim.Optimizer:
 
 def started_result(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     """The result without runs, or the one of an interrupted study of the same data, precision and machine."""
-    packages = ("torch", "transformers", "axolotl-medusa")
     result = {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "hardware": {"device": cpu_name() or platform.machine(), "torch_threads": torch.get_num_threads()},
+        **description("torch", "transformers", "axolotl-medusa"),
+        "torch_threads": torch.get_num_threads(),
         "precision": args.precision,
         "train_tokens": sum(batch.input_ids.numel() for batch in study.train),
         "batches_per_epoch": len(study.train),
@@ -322,7 +319,7 @@ def started_result(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 def save(result: dict[str, Any], path: Path | None) -> None:
     """Writes the result, if it is wanted."""
     if path:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(path, result)
 
 
 def name_of(combination: Combination) -> str:

@@ -11,7 +11,6 @@ documentation is 20 to 50 times as slow.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -19,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import description
+from machine import description, write_result
 from torch import Tensor
 from torch.nn import functional as F
 from train_step_cases import PRECISIONS, WIDE_HIDDEN, WIDE_VOCAB, Precision
 from train_step_measure import alternated, head_prediction
 from train_step_models import DTYPES
 
-from axolotl_medusa.chunked_loss import row_losses
+from axolotl_medusa.chunked_loss import matmul_dtype, row_losses
 
 CHUNK_ROWS = (128, 256, 512, 1024)
 """Chunks that `linear_cross_entropy` is tried with."""
@@ -37,7 +36,8 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor, recompute: bool | None = None) -> Tensor:
     """The package's loss."""
-    loss, _ = row_losses([head_prediction(hidden, weight, targets, hidden.dtype)], recompute=recompute)
+    dtype = matmul_dtype(hidden.dtype, hidden.device)
+    loss, _ = row_losses([head_prediction(hidden, weight, targets, dtype)], recompute=recompute)
     return loss
 
 
@@ -93,7 +93,7 @@ def main() -> None:
         for name, found in result[precision].items():
             print(f"{precision}  {name:42} {found['seconds']:8.3f} s {found['gflops']:7.0f} GFLOP/s", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result(args.json, result)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What a benchmark says about the machine that it ran on, and how much memory is free there."""
+"""What a benchmark says about the machine that it ran on, how much memory is free there, and how results are written."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ from typing import Any
 
 def description(*packages: str) -> dict[str, Any]:
     """Processor, memory and versions, for a benchmark's JSON."""
+    from axolotl_medusa.processor import cpu_name  # vLLM's environment, where some benchmarks go, lacks the package
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    processor = {"name": cpu_name(), "count": os.cpu_count(), "machine": platform.machine()}
     return {
-        "cpu": {"count": os.cpu_count(), "machine": platform.machine(), "memory_mib": memory // 2**20},
+        "cpu": processor | {"memory_mib": memory // 2**20},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }
 
@@ -30,3 +35,10 @@ def available_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("found no MemAvailable in /proc/meminfo, expected it on Linux: run this benchmark there")
+
+
+def write_result(file: Path, result: Any) -> None:
+    """Writes JSON to read and to compare: indented, but a list of numbers in one line."""
+    text = json.dumps(result, indent=2)
+    text = re.sub(r"\[\s+[^][{}\"]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
+    file.write_text(text + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from machine import available_bytes, description
+from machine import available_bytes, description, write_result
 from smollm2 import unpacked
 from train_step_bounds import bounds_of_heads_loss, bounds_of_step, bounds_of_vocabulary
 from train_step_cases import FORMS, Case, Form, Side, heads_loss_cases, step_cases, vocabulary_case
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> Result:
         else:
             one.show(one.name, found)
         sys.stdout.flush()
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result(args.json, result)
     return result
 
 

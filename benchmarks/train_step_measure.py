@@ -35,7 +35,7 @@ from train_step_models import (
     with_shared_weights,
 )
 
-from axolotl_medusa.chunked_loss import OutputLayer, Prediction, row_losses
+from axolotl_medusa.chunked_loss import OutputLayer, Prediction, matmul_dtype, row_losses
 
 STEPS_FOR_PEAK = 2
 """The optimizer's state comes with the first step; the second has everything."""
@@ -114,7 +114,7 @@ def step_times(case: Case, sides: list[Side], rounds: int) -> dict[str, Any]:
         losses[side].append(steps[side]())
 
     def run_matmul() -> None:
-        rates.append(matmul_flops_per_s(SQUARE, SQUARE, SQUARE, DTYPES[case.precision]))
+        rates.append(matmul_flops_per_s(SQUARE, SQUARE, SQUARE, multiplied_in(case)))
 
     works: dict[str, Callable[[], object]] = {side: partial(run, side) for side in sides}
     works |= {"backbone": steps["ours"].backbone_forward, "matmul": run_matmul}
@@ -147,10 +147,11 @@ def against_roofline(case: Case, shape: Shape, rows: list[int], ours_s: float, m
     rank = LORA_RANK if case.stage == "medusa-2" else 0
     flops = roofline.step(shape, case.batch, case.seq, rows, shared=case.form == "shared", rank=rank)
     rate = sum(flops.values()) / ours_s
-    at_heads = matmul_flops_per_s(rows[1], shape.hidden, shape.vocab, DTYPES[case.precision])
+    at_heads = matmul_flops_per_s(rows[1], shape.hidden, shape.vocab, multiplied_in(case))
     return {
         "rows": rows,
         "flops": flops,
+        "matmul_dtype": str(multiplied_in(case)).removeprefix("torch."),
         "machine_gflops": round(machine / 1e9, 1),
         "machine_gflops_at_heads": round(at_heads / 1e9, 1),
         "gflops": round(rate / 1e9, 1),
@@ -159,8 +160,13 @@ def against_roofline(case: Case, shape: Shape, rows: list[int], ours_s: float, m
     }
 
 
+def multiplied_in(case: Case) -> torch.dtype:
+    """The type in which this machine multiplies the case's matrices fastest."""
+    return matmul_dtype(DTYPES[case.precision], torch.device("cpu"))
+
+
 def head_prediction(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Prediction:
-    """One head's rows `[rows, hidden]` and output layer `[vocab, hidden]`, computed in `dtype`, as the objective has them."""
+    """One head's rows `[rows, hidden]` and output layer `[vocab, hidden]` as the objective has them, with matmuls in `dtype`."""
     layer = OutputLayer(partial(F.linear, weight=weight), weight.shape[0], [weight], weight, dtype)
     return Prediction(hidden, targets, layer, scale=1 / len(targets))
 
@@ -170,12 +176,12 @@ def heads_loss(case: Case, rounds: int) -> dict[str, Any]:
     lm = load_model(case)
     shape, batch = Shape.of(lm.config), make_batch(case, lm.config.vocab_size)
     rows, frozen = counted_rows(batch["labels"], case.heads)[1:], case.form == "shared"
-    dtype = DTYPES[case.precision]
+    dtype = multiplied_in(case)
     torch.manual_seed(3)
     start = lm.get_output_embeddings().weight.detach().to(trained_dtype(case))
     del lm
     weights = [start] * case.heads if frozen else [start.clone().requires_grad_() for _ in rows]
-    hidden = [torch.randn(count, shape.hidden, dtype=dtype).requires_grad_() for count in rows]
+    hidden = [torch.randn(count, shape.hidden, dtype=DTYPES[case.precision]).requires_grad_() for count in rows]
     targets = [torch.randint(shape.vocab, (count,)) for count in rows]
 
     def ours() -> None:
@@ -198,6 +204,7 @@ def heads_loss(case: Case, rounds: int) -> dict[str, Any]:
     matmul_rates = [alone_gflop / value for value in times["matmuls"]]
     return {
         "rows": rows,
+        "matmul_dtype": str(dtype).removeprefix("torch."),
         "rounds_s": {name: [round(value, 4) for value in values] for name, values in times.items()},
         "gflops": round(statistics.median(ours_rates), 1),
         "matmuls_gflops": round(statistics.median(matmul_rates), 1),

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from demo import MODEL, WORK
+from machine import write_result
 from model_server import ENVIRONMENT, ROOT, VLLM_PYTHON, half_precision, server
 
 COMMAND = ROOT / "data_generation" / "generate.py"
@@ -132,7 +133,7 @@ def main() -> int:
         "ratio": ratio,
         "runs": runs,
     }
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_result(args.out, result)
     print(f"generate.py gets {ratio:.1%} of vLLM's offline tokens/s (target: {TARGET:.0%})")
     return int(ratio < TARGET)
 

@@ -21,8 +21,9 @@ from axolotl_medusa.loss import RowLossWeights, chunk_losses, is_top_token, top_
 class Case:
     """Rows, an output layer with or without bias, targets, and a fixed distribution."""
 
-    def __init__(self, rows=ROWS, dtype=torch.float32, vocab=VOCAB, bias=False, scale=1.0):
+    def __init__(self, rows=ROWS, dtype=torch.float32, vocab=VOCAB, bias=False, scale=1.0, matmul_dtype=None):
         torch.manual_seed(0)
+        self.matmul_dtype = matmul_dtype or dtype
         self.linear = torch.nn.Linear(HIDDEN, vocab, bias=bias).to(dtype)
         self.hidden = torch.randn(rows, HIDDEN, dtype=dtype, requires_grad=True)
         self.targets = torch.randint(vocab, (rows,))
@@ -32,11 +33,11 @@ class Case:
 
     @property
     def layer(self) -> OutputLayer:
-        return output_layer(self.linear)
+        return output_layer(self.linear, dtype=self.matmul_dtype)
 
     @property
     def fixed(self) -> FixedDistribution:
-        return FixedDistribution(self.fixed_hidden, output_layer(self.fixed_linear))
+        return FixedDistribution(self.fixed_hidden, output_layer(self.fixed_linear, dtype=self.matmul_dtype))
 
     @property
     def fixed_logits(self):
@@ -56,10 +57,10 @@ class Case:
         return [tensor for tensor in (self.hidden, *self.linear.parameters()) if tensor.requires_grad]
 
 
-def output_layer(linear, project=None) -> OutputLayer:
+def output_layer(linear, project=None, dtype=torch.float32) -> OutputLayer:
     """A layer as the objective describes it: only one without bias is a mere matmul."""
     weight = linear.weight if linear.bias is None else None
-    return OutputLayer(project or linear, linear.out_features, list(linear.parameters()), weight, linear.weight.dtype)
+    return OutputLayer(project or linear, linear.out_features, list(linear.parameters()), weight, dtype)
 
 
 MODES = {"in-forward": dict(recompute=False), "recompute": dict(recompute=True), "chosen": {}}
@@ -303,13 +304,17 @@ def test_row_losses_in_bf16_have_an_fp32_loss_and_gradients_of_their_tensors_typ
 
 @pytest.mark.parametrize("chunk_rows", [8, 512])
 @pytest.mark.parametrize("mode", ["in-forward", "recompute"])
-@pytest.mark.parametrize("bias", [False, True], ids=["matmul", "any-layer"])
+@pytest.mark.parametrize(
+    ("bias", "matmul_dtype"),
+    [(False, torch.bfloat16), (False, torch.float32), (True, torch.bfloat16)],
+    ids=["matmul", "matmul-in-fp32", "any-layer"],
+)
 @pytest.mark.parametrize("name", LOSSES)
-def test_row_losses_in_bf16_are_no_further_from_fp32_than_plain_bf16(name, bias, mode, chunk_rows):
+def test_row_losses_in_bf16_are_no_further_from_fp32_than_plain_bf16(name, bias, matmul_dtype, mode, chunk_rows):
     """|ours - fp32| <= |whole bf16 - fp32| + tol: tells a bug from rounding."""
     rows, weights = 512, LOSSES[name]
     tolerance = math.sqrt(rows / chunk_rows) * 2**-9  # chunks are summed in bf16, each sum rounded to 8 bits
-    case = Case(rows=rows, dtype=torch.bfloat16, bias=bias)
+    case = Case(rows=rows, dtype=torch.bfloat16, bias=bias, matmul_dtype=matmul_dtype)
     exact = [tensor.detach().float().requires_grad_() for tensor in case.wanted]
     fixed = case.fixed_hidden.float() @ case.fixed_linear.weight.float().T + case.fixed_linear.bias.float()
     reference = chunk_losses(F.linear(*exact), case.targets, fixed if weights.kl else None, weights).loss
@@ -353,3 +358,38 @@ def test_row_losses_gradient_of_rows_does_not_depend_on_how_many_are_multiplied_
     found.loss(recompute=False)[0].backward()
     for ours, theirs in zip(found.wanted, expected.wanted, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=2**-6, atol=2**-9)
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_matmul_dtype_is_fp32_for_bf16_on_cpus_without_fast_matmuls_for_it_alone(is_fast, monkeypatch):
+    monkeypatch.setattr(chunked_loss, "multiplies_bf16", lambda: is_fast)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert chunked_loss.matmul_dtype(torch.bfloat16, cpu) == (torch.bfloat16 if is_fast else torch.float32)
+    assert chunked_loss.matmul_dtype(torch.bfloat16, cuda) == torch.bfloat16
+    for dtype in (torch.float32, torch.float16):
+        assert chunked_loss.matmul_dtype(dtype, cpu) == chunked_loss.matmul_dtype(dtype, cuda) == dtype
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 7, VOCAB, VOCAB + 1])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_row_losses_weight_gradient_of_another_type_does_not_depend_on_its_parts(dtypes, tokens_at_once, monkeypatch):
+    dtype, matmul_dtype = dtypes
+    expected, found = (Case(dtype=dtype, matmul_dtype=matmul_dtype) for _ in range(2))
+    expected.loss(recompute=False, chunk_rows=8)[0].backward()
+    monkeypatch.setattr(chunked_loss, "CONVERTED_ELEMENTS", tokens_at_once * HIDDEN)
+    found.loss(recompute=False, chunk_rows=8)[0].backward()
+    for ours, theirs in zip(found.wanted, expected.wanted, strict=True):
+        assert ours.grad.dtype == dtype
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=2**-6, atol=2**-9)
+
+
+def test_row_losses_weight_gradient_of_another_type_takes_memory_for_a_part_of_it(monkeypatch):
+    """Beside the bf16 gradient: the layer in fp32 once, a chunk of logits, and a part of the gradient."""
+    rows, vocab, part = 64, 16000, 500
+    monkeypatch.setattr(chunked_loss, "CONVERTED_ELEMENTS", part * HIDDEN)
+    case = Case(rows=rows, vocab=vocab, dtype=torch.bfloat16, matmul_dtype=torch.float32)
+    case.loss(chunk_rows=4, recompute=False)[0].backward()  # memory that is kept is lent again
+    case.linear.weight.grad = case.hidden.grad = None
+    peak = peak_bytes(lambda: case.loss(chunk_rows=4, recompute=False)[0].backward())
+    weight_bytes, chunk_bytes = 2 * vocab * HIDDEN, 4 * 4 * vocab
+    assert peak < 3 * weight_bytes + 2 * chunk_bytes + 4 * part * HIDDEN + 4 * rows * HIDDEN * 8

@@ -265,9 +265,20 @@ def test_objective_without_labels_is_the_models_own_forward():
     torch.testing.assert_close(model(**inputs).logits, teacher(**inputs).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("multiplies_bf16", [True, False], ids=["in-bf16", "in-fp32"])
 @pytest.mark.parametrize("case", ["medusa2-full-shared-kl", "medusa2-distil-lm-head-both-terms", "medusa1-separate"])
-def test_objective_in_bf16_autocast_is_no_further_from_fp32_than_the_naive_reference(case):
+def test_objective_in_bf16_autocast_is_no_further_from_fp32_than_the_naive_reference(
+    case, multiplies_bf16, monkeypatch
+):
     """|ours - fp32| <= |naive bf16 - fp32| + tol: tells a bug from rounding."""
+    computed_in, gradient_in_place = [], chunked_loss.gradient_in_place
+
+    def watched(logits, *arguments):
+        computed_in.append(logits.dtype)
+        return gradient_in_place(logits, *arguments)
+
+    monkeypatch.setattr(chunked_loss, "multiplies_bf16", lambda: multiplies_bf16)
+    monkeypatch.setattr(chunked_loss, "gradient_in_place", watched)
     options = dict(CASES[case])
     packed = options.pop("packed", False)
     loss_options = {k: options.pop(k) for k in ("lm_coefficient", "kl_coefficient", "head_loss") if k in options}
@@ -285,6 +296,8 @@ def test_objective_in_bf16_autocast_is_no_further_from_fp32_than_the_naive_refer
     install_objective(model, objective)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(**inputs, labels=labels, medusa_coefficient=0.2)
+    if options.get("lora") != "lm_head":  # an adapted output layer computes as autocast has it
+        assert set(computed_in) == {torch.bfloat16 if multiplies_bf16 else torch.float32}
     found = gradients(model, out.loss)
     assert found.keys() == exact.keys()
     for name, gradient in exact.items():

@@ -21,6 +21,7 @@ from axolotl_medusa.trainer import (
     heads_dtype,
     objective_of,
     set_trainable,
+    warn_of_slow_precision,
 )
 
 
@@ -61,6 +62,24 @@ def test_objective_of_turning_a_key_changes_the_objective(key, value):
 def test_metric_names_without_logging_are_losses_only():
     names = metric_names(2, objective_of(config(medusa_logging=False)))
     assert names == ["base_loss", "medusa0_loss", "medusa1_loss"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_fast", "expected"),
+    [
+        (dict(bf16=True), False, 1),
+        (dict(bfloat16=True), False, 1),
+        (dict(bf16=True), True, 0),
+        (dict(bf16=False), False, 0),
+    ],
+)
+def test_bf16_on_a_cpu_without_fast_matmuls_for_it_is_warned_of(keys, is_fast, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer_module, "multiplies_bf16", lambda: is_fast)
+    monkeypatch.setattr(trainer_module.LOG, "warning", seen.append)
+    warn_of_slow_precision(with_heads(make_model()), config(**keys))
+    assert len(seen) == expected
+    assert all("bf16: false" in message for message in seen)
 
 
 def test_set_trainable_medusa1_is_the_heads_alone():

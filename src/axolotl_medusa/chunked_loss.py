@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from axolotl_medusa import host_memory
 from axolotl_medusa.closed_form import Accuracies, FixedProbabilities, Sums, fixed_distribution, gradient_in_place
 from axolotl_medusa.loss import CROSS_ENTROPY, RowLosses, RowLossWeights, chunk_losses, is_top_token, top_k_hits
+from axolotl_medusa.processor import multiplies_bf16
 
 CHUNK_LOGITS = 2**25
 """Logits of one chunk on a CPU: 128 MiB in fp32. Smaller chunks add up weight gradients more often; larger ones gain little."""
@@ -40,6 +42,9 @@ a matrix 576 wide at 0.6 of the rate of `NARROW_ROWS` rows (measured with AMX)."
 NARROW_ROWS = 320
 """Rows that are multiplied by a narrow layer's matrix at once."""
 
+CONVERTED_ELEMENTS = 2**23
+"""Elements of a weight gradient that are computed at once where its type is not the matmul's: a part of the vocabulary."""
+
 Project = Callable[[Tensor], Tensor]
 """Maps hidden rows `[rows, hidden]` to logits `[rows, vocab]`."""
 
@@ -53,7 +58,7 @@ class OutputLayer:
         vocab_size: V.
         parameters: What `project` uses; those that require a gradient get one.
         weight: `[V, H]` where logits are nothing but `hidden @ weight.T`; None otherwise.
-        dtype: What `hidden @ weight.T` is computed in.
+        dtype: What `hidden @ weight.T` is computed in, see `matmul_dtype`.
     """
 
     project: Project
@@ -112,6 +117,12 @@ class _Chunk(NamedTuple):
 
     parts: Sequence[_Part]
     fixed_rows: slice | None
+
+
+def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which operands of `dtype` are multiplied: fp32 for bf16 on a CPU that has no fast matmuls for it."""
+    is_slow = dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bf16()
+    return torch.float32 if is_slow else dtype
 
 
 def row_losses(
@@ -363,9 +374,8 @@ def _part_loss(
         rows = rows.to(layer.dtype)
         weight = run.weight(layer)
         logits = _matmul(run, rows, weight)
-        sums = gradient_in_place(
-            logits, targets, chosen, prediction.weights, prediction.accuracies, lambda few: rows[few] @ weight.T
-        )
+        again = partial(_matmul_again, rows, weight)
+        sums = gradient_in_place(logits, targets, chosen, prediction.weights, prediction.accuracies, again)
         if hidden_gradient is not None:
             hidden_gradient[part.rows] = _rows_gradient(logits, weight) * prediction.scale
         if layer.weight.requires_grad:
@@ -389,32 +399,47 @@ def _part_loss(
 
 
 def _matmul(run: _Run, rows: Tensor, weight: Tensor) -> Tensor:
-    """Logits `rows @ weight.T` in the buffer that all chunks share."""
+    """Logits `rows @ weight.T` in the buffer that all chunks share.
+
+    Here and below `out` is given: autocast, which may be on, would change the type of the operands of other matmuls.
+    """
     logits = run.buffer("logits", (rows.shape[0], weight.shape[0]), rows.dtype, rows.device)
     return torch.mm(rows, weight.T, out=logits)
+
+
+def _matmul_again(rows: Tensor, weight: Tensor, few: Tensor) -> Tensor:
+    """Logits of the rows with the numbers `few`, beside those in the buffer."""
+    return torch.mm(rows[few], weight.T, out=rows.new_empty(few.shape[0], weight.shape[0]))
 
 
 def _rows_gradient(logits_gradient: Tensor, weight: Tensor) -> Tensor:
     """`logits_gradient @ weight`, `[rows, hidden]`."""
     is_narrow = weight.device.type == "cpu" and weight.element_size() == 2 and weight.shape[1] < NARROW_HIDDEN
-    if not is_narrow:
-        return logits_gradient @ weight
-    return torch.cat([rows @ weight for rows in torch.split(logits_gradient, NARROW_ROWS)])
+    step = NARROW_ROWS if is_narrow else max(1, logits_gradient.shape[0])
+    gradient = torch.empty(logits_gradient.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
+    for rows, part in zip(torch.split(logits_gradient, step), torch.split(gradient, step), strict=True):
+        torch.mm(rows, weight, out=part)
+    return gradient
 
 
 def _add_weight_gradient(
     run: _Run, weight: Tensor, logits_gradient: Tensor, rows: Tensor, gradients: _Gradients
 ) -> None:
-    """Adds `logits_gradient.T @ rows` to the weight's gradient: in place where both have one type.
+    """Adds `logits_gradient.T @ rows` to the weight's gradient: in place where both have one type, else in parts.
 
-    It starts at zero, although the first part need not be added: all threads write zeros, while a matmul waits for the
-    kernel to map memory that nobody has written yet.
+    It starts at zero, although the first rows need not be added: on a CPU all threads write zeros, while a matmul waits for
+    the kernel to map memory that nobody has written yet.
     """
     kept = gradients.parameters[id(weight)]
     if kept is None:
         kept = gradients.parameters[id(weight)] = host_memory.empty(weight.shape, weight.dtype, weight.device).zero_()
     if kept.dtype == rows.dtype:
         kept.addmm_(logits_gradient.T, rows)
-    else:
-        part = run.buffer("weight gradient", weight.shape, rows.dtype, rows.device)
-        kept += torch.mm(logits_gradient.T, rows, out=part)
+        return
+    step = max(1, CONVERTED_ELEMENTS // kept.shape[1])
+    for of_tokens, part_of_logits in zip(
+        torch.split(kept, step), torch.split(logits_gradient, step, dim=1), strict=True
+    ):
+        part = run.buffer("weight gradient", of_tokens.shape, rows.dtype, rows.device)
+        torch.mm(part_of_logits.T, rows, out=part)
+        of_tokens += part

@@ -249,6 +249,6 @@ def _blocks(logits: Tensor, copies: int) -> Iterator[slice]:
     rows = logits.shape[0]
     step = rows
     if logits.device.type == "cpu":
-        step = max(1, _BLOCK_BYTES // (copies * logits.shape[1] * logits.element_size()))
+        step = _BLOCK_BYTES // (copies * logits.shape[1] * logits.element_size())
     for start in range(0, rows, max(step, 1)):
         yield slice(start, min(start + step, rows))

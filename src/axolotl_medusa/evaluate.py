@@ -23,6 +23,7 @@ from axolotl_medusa.decoding import GenerationStats, check_prompts
 from axolotl_medusa.generate import MedusaModel
 from axolotl_medusa.heads import causal_lm
 from axolotl_medusa.plain_decoding import PlainDecoding
+from axolotl_medusa.processor import cpu_name
 from axolotl_medusa.step_times import timed
 from axolotl_medusa.tree import DEFAULT_TOP_K, Tree
 
@@ -266,13 +267,4 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_name() -> str | None:
-    """The processor's name as Linux gives it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
-            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
-    except OSError:
         return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from axolotl_medusa.chunked_loss import FixedDistribution, OutputLayer, Prediction, row_losses
+from axolotl_medusa.chunked_loss import FixedDistribution, OutputLayer, Prediction, matmul_dtype, row_losses
 from axolotl_medusa.closed_form import Accuracies
 from axolotl_medusa.heads import (
     MedusaHeads,
@@ -291,8 +291,8 @@ def _compute_dtype(layer: nn.Module) -> torch.dtype:
     """What the layer's matmul is computed in."""
     weight = frozen_output_embedding(layer).weight
     if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return cast(torch.dtype, weight.dtype)
+        return matmul_dtype(torch.get_autocast_dtype(weight.device.type), weight.device)
+    return matmul_dtype(weight.dtype, weight.device)
 
 
 def _weight_dtype(layer: nn.Module) -> torch.dtype:
