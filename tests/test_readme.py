@@ -81,10 +81,14 @@ def test_training_step_table_is_that_of_the_committed_json(file):
 
 
 @pytest.mark.parametrize("file", ["train_step", "train_step_avx2"])
-def test_training_step_bounds_hold_on_both_machines(file):
+def test_training_step_bounds_hold_but_for_medusa2s_memory_with_nothing_recomputed(file):
+    """The README says so of that one; with recomputed layers it holds too."""
     bounds = results(file)["bounds"]
     assert len(bounds) >= 6
-    assert all(bound["holds"] for bound in bounds), [bound for bound in bounds if not bound["holds"]]
+    for bound in bounds:
+        name, _, what = bound["what"].partition(": ")
+        keeps_all = name in ("smollm2 medusa-2 separate fp32", "smollm2 medusa-2 separate bf16")
+        assert bound["holds"] is not (keeps_all and what.startswith("peak memory")), bound
 
 
 def test_readme_sentence_about_training_steps_is_that_of_the_committed_json():
