@@ -71,7 +71,7 @@ MAY_IMPORT = {
     "objective": {"chunked_loss", "closed_form", "heads", "loss"},
     "checkpoint": {"heads", "tensor_files"},
     "hidden_cache": {"checkpoint", "heads", "loss", "tensor_files"},
-    "trainer": {"args", "checkpoint", "data", "heads", "hidden_cache", "loss", "objective", "processor"},
+    "trainer": {"args", "checkpoint", "chunked_loss", "data", "heads", "hidden_cache", "loss", "objective"},
     "plugin": {"args", "checkpoint", "data", "heads", "objective", "trainer"},
     "tensor_files": set(),
     "formats": set(),

@@ -290,9 +290,9 @@ def _count(rows: Tensor) -> Tensor:
 def _compute_dtype(layer: nn.Module) -> torch.dtype:
     """What the layer's matmul is computed in."""
     weight = frozen_output_embedding(layer).weight
-    if torch.is_autocast_enabled(weight.device.type):
-        return matmul_dtype(torch.get_autocast_dtype(weight.device.type), weight.device)
-    return matmul_dtype(weight.dtype, weight.device)
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return matmul_dtype(dtype, weight.device)
 
 
 def _weight_dtype(layer: nn.Module) -> torch.dtype:

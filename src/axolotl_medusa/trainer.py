@@ -31,6 +31,7 @@ from axolotl_medusa.checkpoint import (
     without_heads,
     write_heads,
 )
+from axolotl_medusa.chunked_loss import matmul_dtype
 from axolotl_medusa.data import token_columns_only
 from axolotl_medusa.heads import (
     HEADS_NAME,
@@ -51,7 +52,6 @@ from axolotl_medusa.hidden_cache import (
 )
 from axolotl_medusa.loss import scheduler_factor, target_counts
 from axolotl_medusa.objective import Objective, metric_names
-from axolotl_medusa.processor import multiplies_bf16
 
 LOG = get_logger(__name__)
 
@@ -83,7 +83,7 @@ def objective_of(cfg: DictDefault) -> Objective:
 def warn_of_slow_precision(model: nn.Module, cfg: DictDefault) -> None:
     """Says so where `bf16: true` makes training on a CPU slower instead of faster."""
     device = frozen_output_embedding(output_embedding(model)).weight.device
-    if (cfg.bf16 or cfg.bfloat16) and device.type == "cpu" and not multiplies_bf16():
+    if (cfg.bf16 or cfg.bfloat16) and matmul_dtype(torch.bfloat16, device) != torch.bfloat16:
         LOG.warning(
             "bf16 is on, but this CPU has no fast matmuls for it: the heads' loss is multiplied in fp32, and the backbone takes "
             "several times as long as with bf16: false"
