@@ -393,3 +393,13 @@ def test_row_losses_weight_gradient_of_another_type_takes_memory_for_a_part_of_i
     peak = peak_bytes(lambda: case.loss(chunk_rows=4, recompute=False)[0].backward())
     weight_bytes, chunk_bytes = 2 * vocab * HIDDEN, 4 * 4 * vocab
     assert peak < 3 * weight_bytes + 2 * chunk_bytes + 4 * part * HIDDEN + 4 * rows * HIDDEN * 8
+
+
+def test_row_losses_in_the_forward_multiply_in_the_layers_type_under_autocast_too():
+    plain, under_autocast = (Case(dtype=torch.bfloat16, matmul_dtype=torch.float32) for _ in range(2))
+    plain.loss(recompute=False, chunk_rows=8)[0].backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = under_autocast.loss(recompute=False, chunk_rows=8)
+    loss.backward()
+    for ours, theirs in zip(under_autocast.wanted, plain.wanted, strict=True):
+        assert torch.equal(ours.grad, theirs.grad)

@@ -9,6 +9,7 @@ import torch
 from axolotl_process import log_history
 
 from axolotl_medusa.checkpoint import read_heads
+from axolotl_medusa.processor import multiplies_bf16
 
 pytestmark = pytest.mark.e2e
 
@@ -88,6 +89,7 @@ def test_bf16_states_of_single_samples_train_bitwise_the_heads_of_a_run_without(
     cached = train("cached", medusa_hidden_cache=str(tmp_path / "cache"), **changes)
     assert len(plain.epochs) == 2 * len(cached.epochs)
     assert_equal(cached, plain)
+    assert ("bf16 is on, but this CPU" in plain.output) is not multiplies_bf16()
 
 
 def test_killed_and_resumed_run_and_a_second_run_repeat_the_first_bitwise(train, tmp_path):
