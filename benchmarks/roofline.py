@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SQUARE = 2048
+SQUARE = {"cpu": 2048, "cuda": 8192}
 """Side of the square matmul whose rate stands for the machine's."""
+
+PEAK_BF16 = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12}
+"""Dense bf16 FLOP/s by a part of the GPU's name, from NVIDIA's data sheets: what model FLOPs utilisation (MFU) refers to."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,22 @@ def step(shape: Shape, batch: int, seq: int, rows: Sequence[int], *, shared: boo
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long something takes."""
+    """How long something takes, what it gave a GPU to do included."""
+    _wait_for_gpu()
     started = time.perf_counter()
     work()
+    _wait_for_gpu()
     return time.perf_counter() - started
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+
+
+def peak_bf16(gpu: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its name, None where it is not known."""
+    return next((rate for part, rate in PEAK_BF16.items() if part in gpu), None)
 
 
 def fastest(work: Callable[[], object], at_least_s: float = 0.5) -> float:
@@ -165,10 +180,10 @@ def fastest(work: Callable[[], object], at_least_s: float = 0.5) -> float:
     return min(times)
 
 
-def matmul_flops_per_s(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+def matmul_flops_per_s(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str) -> float:
     """Rate of `[rows, inner] · [columns, inner]ᵀ` into a tensor that is there already."""
-    left, right = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
-    out = torch.empty(rows, columns, dtype=dtype)
+    left, right = (torch.randn(count, inner, dtype=dtype, device=device) for count in (rows, columns))
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
     return 2 * rows * inner * columns / fastest(lambda: torch.mm(left, right.T, out=out))
 
 
@@ -179,12 +194,13 @@ class VocabularyMatmuls:
         rows: Counted rows.
         shape: The model.
         dtype: Type of all operands.
+        device: Where they are.
         frozen: Whether the layer is frozen: no dW.
     """
 
-    def __init__(self, rows: int, shape: Shape, dtype: torch.dtype, *, frozen: bool) -> None:
-        self.hidden = torch.randn(rows, shape.hidden, dtype=dtype)
-        self.weight = torch.randn(shape.vocab, shape.hidden, dtype=dtype)
+    def __init__(self, rows: int, shape: Shape, dtype: torch.dtype, device: str = "cpu", *, frozen: bool) -> None:
+        self.hidden = torch.randn(rows, shape.hidden, dtype=dtype, device=device)
+        self.weight = torch.randn(shape.vocab, shape.hidden, dtype=dtype, device=device)
         self.hidden_gradient = torch.empty_like(self.hidden)
         self.weight_gradient = None if frozen else torch.zeros_like(self.weight)
         self.flops = vocabulary(shape, rows, matmuls=2 if frozen else 3)
@@ -205,8 +221,8 @@ class VocabularyMatmuls:
     def allocate(self, chunk: int) -> None:
         """Makes buffers for chunks of so many rows."""
         size = (chunk, self.weight.shape[0])
-        self.logits = torch.empty(size, dtype=self.weight.dtype)
-        self.logits_gradient = torch.randn(size, dtype=self.weight.dtype).mul_(1e-3)
+        self.logits = self.weight.new_empty(size)
+        self.logits_gradient = self.weight.new_empty(size).normal_(std=1e-3)
 
     def __call__(self) -> None:
         """Does them once over all rows."""

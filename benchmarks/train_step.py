@@ -1,14 +1,15 @@
 """Training speed and memory against a plain reference and against this machine's matmuls: `make bench`.
 
     python benchmarks/train_step.py [--model DIR] [--cases TEXT ...] [--rounds 3] [--heads-dtype float32]
-        [--optimizer adamw8bit] [--json FILE]
+        [--optimizer adamw8bit] [--device cuda] [--json FILE]
 
 Each training step is timed in alternation with the reference's and with the backbone's forward, in one process; peak
 memory is taken in a process for each side, and its ratio leaves out what the libraries take before a model is there. Then
 the loss of the heads alone beside the matmuls that it is made of, and the peak memory with a vocabulary twice as large.
 `--cases` selects measurements whose name holds one of the texts, e.g. `--cases "medusa-1 separate" "heads-loss smollm2"`.
 Prints tables and whether the bounds of `train_step_bounds.py` hold; writes JSON after every measurement. A side that does
-not fit in free memory is left out. Takes most of an hour on two cores, which nothing else should use.
+not fit in free memory is left out. Takes most of an hour on two cores, which nothing else should use. With `--device cuda`
+the steps are those of all of Qwen3-8B, and the time of each kind of kernel is shown too; that takes some minutes.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from machine import available_bytes, description, write_result
+from machine import description, gpu_description, write_result
 from smollm2 import unpacked
 from train_step_bounds import bounds_of_heads_loss, bounds_of_step, bounds_of_vocabulary
-from train_step_cases import FORMS, Case, Form, Side, heads_loss_cases, step_cases, vocabulary_case
+from train_step_cases import FORMS, Case, Device, Form, Side, heads_loss_cases, step_cases, vocabulary_case
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "train_step.json"
+RESULTS = ROOT / "benchmarks" / "results"
+FILES: dict[Device, str] = {"cpu": "train_step.json", "cuda": "train_step_gpu.json"}
 MEASURE = ROOT / "benchmarks" / "train_step_measure.py"
 MODEL = ROOT / ".demo" / "smollm2"
 SIDES: tuple[Side, ...] = ("ours", "reference")
@@ -37,7 +39,7 @@ SPARE_MIB = 1024.0
 """Left free when both sides are in memory."""
 
 STEP_COLUMNS = (
-    f"{'training step':36} {'ours s':>7} {'ref. s':>7} {'backb. s':>8} {'speed':>6} {'tokens/s':>8} {'GFLOP/s':>7} {'2048^3':>7} "
+    f"{'training step':36} {'ours s':>7} {'ref. s':>7} {'backb. s':>8} {'speed':>6} {'tokens/s':>8} {'GFLOP/s':>7} {'square':>7} "
     f"{'at heads':>8} {'of roof':>8} {'MiB':>7} {'ref.MiB':>7} {'ratio':>6}"
 )
 
@@ -73,7 +75,7 @@ def measure_step(case: Case, rounds: int) -> Result:
         result["memory_ratio"] = round(above[0] / above[1], 3)
         result["memory_ratio_with_runtime"] = round(ours["peak"] / reference["peak"], 3)
         beside = ours["after_steps"] - ours["model"]  # the backbone's weights and the runtime are there once
-        if beside + reference["peak"] + SPARE_MIB <= available_bytes() / 2**20:
+        if beside + reference["peak"] + SPARE_MIB <= ours["available"]:
             times = measure("time", case, SIDES, rounds)
             if DOES_NOT_FIT not in times:
                 return result | times
@@ -100,6 +102,9 @@ def show_step(name: str, found: Result) -> None:
         f"{found['machine_gflops_at_heads']:8.0f} {found['share_of_roofline']:8.1%} {peaks} "
         f"{found.get('memory_ratio', nan):6.2f}   {found['batch']} x {found['seq']}, {found['heads']} heads"
     )
+    if "kernels" in found:
+        kinds = ", ".join(f"{kind} {value:.1f}" for kind, value in found["kernels"]["kinds_ms"].items())
+        print(f"{'':36} ms by kernel: {kinds}; MFU {found.get('mfu', nan):.1%}")
 
 
 def show_heads_loss(name: str, found: Result) -> None:
@@ -145,16 +150,16 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
     changes |= {key: getattr(args, key) for key in ("batch", "seq", "heads") if getattr(args, key)}
     directory, rounds = str(args.model or MODEL), args.rounds
     found = []
-    for case in step_cases(directory):
+    for case in step_cases(directory, args.device):
         case = replace(case, **changes)
         take = partial(measure_step, case, rounds)
         found.append(Measurement("steps", case.name, take, show_step, partial(bounds_of_step, case)))
-    for case in heads_loss_cases(directory):
+    for case in heads_loss_cases(directory, args.device):
         case = replace(case, **changes)
         name = f"heads-loss {case.model} {case.form} {case.precision}"
         take = partial(measure, "heads-loss", case, rounds=rounds)
         found.append(Measurement("heads_loss", name, take, show_heads_loss, partial(bounds_of_heads_loss, case)))
-    for form in FORMS:
+    for form in FORMS if args.device == "cpu" else ():
         bounds = partial(bounds_of_vocabulary, vocabulary_case(form, 1))
         take = partial(measure_vocabulary, form)
         found.append(Measurement("vocabulary", f"vocabulary {form}", take, show_vocabulary, bounds))
@@ -171,9 +176,11 @@ def run(args: argparse.Namespace) -> Result:
     if args.model is None and any("smollm2" in one.name for one in chosen):
         unpacked(MODEL)
     result: Result = {"heads_dtype": args.heads_dtype, "optimizer": args.optimizer, "rounds": args.rounds}
-    result |= {**description("torch", "transformers", "peft"), "steps": {}, "heads_loss": {}, "vocabulary": {}}
+    result |= description("torch", "transformers", "peft") | gpu_description(args.device)
+    result |= {"steps": {}, "heads_loss": {}, "vocabulary": {}}
     result["bounds"] = []
-    args.json.parent.mkdir(parents=True, exist_ok=True)
+    file: Path = args.json or RESULTS / FILES[args.device]
+    file.parent.mkdir(parents=True, exist_ok=True)
     for one in chosen:
         if one.section == "steps" and not result["steps"]:
             print(STEP_COLUMNS)
@@ -184,7 +191,7 @@ def run(args: argparse.Namespace) -> Result:
         else:
             one.show(one.name, found)
         sys.stdout.flush()
-        write_result(args.json, result)
+        write_result(file, result)
     return result
 
 
@@ -200,7 +207,8 @@ def main() -> int:
     parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw")
     for name in ("batch", "seq", "heads"):
         parser.add_argument(f"--{name}", type=int, help="instead of the cases' own")
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help=f"instead of {FILES['cpu']} or {FILES['cuda']} in {RESULTS}")
     args = parser.parse_args()
     try:
         result = run(args)

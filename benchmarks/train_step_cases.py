@@ -7,13 +7,14 @@ the starting process into its child's peak.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 Side = Literal["ours", "reference"]
 Stage = Literal["medusa-1", "medusa-2"]
 Form = Literal["separate", "shared"]
 Precision = Literal["fp32", "bf16"]
+Device = Literal["cpu", "cuda"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 STAGES: tuple[Stage, ...] = ("medusa-1", "medusa-2")
@@ -32,6 +33,8 @@ LARGE_HEADS: dict[tuple[str, Form], int] = {
     ("vicuna-7b", "separate"): 3,
 }
 """Heads of the large models: as many of their own output layers as 24 GB hold in fp32 with gradient and AdamW's state."""
+QWEN3_8B_LAYERS = 36
+GPU_SEQ = 4096
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Case:
         vocab: Size of the vocabulary of a random model, if not its own.
         lora_dropout: Dropout of the adapters.
         checkpoint_layers: Of how many decoder layers our side recomputes the activations, `medusa_checkpoint_layers`.
+        layers: Decoder layers of a random model.
+        device: Where it is measured.
     """
 
     model: str
@@ -68,6 +73,8 @@ class Case:
     vocab: int = 0
     lora_dropout: float = 0.05
     checkpoint_layers: int = 0
+    layers: int = 1
+    device: Device = "cpu"
 
     @property
     def name(self) -> str:
@@ -80,8 +87,24 @@ class Case:
         return json.dumps(asdict(self))
 
 
-def step_cases(directory: str) -> list[Case]:
-    """All training steps that are measured; `directory` holds SmolLM2."""
+def step_cases(directory: str, device: Device = "cpu") -> list[Case]:
+    """All training steps that are measured on a device; `directory` holds SmolLM2."""
+    return gpu_step_cases() if device == "cuda" else cpu_step_cases(directory)
+
+
+def gpu_step_cases() -> list[Case]:
+    """Steps of all of Qwen3-8B with 5 heads and a sample of 4096 tokens; Medusa-2 also as its examples train, recomputed."""
+    separate, shared = (
+        Case("qwen3-8b", "medusa-1", form, "bf16", batch=1, seq=GPU_SEQ, layers=QWEN3_8B_LAYERS, device="cuda")
+        for form in FORMS
+    )
+    medusa_2 = [replace(case, stage="medusa-2") for case in (separate, shared)]
+    recomputed = [replace(case, checkpoint_layers=QWEN3_8B_LAYERS) for case in medusa_2]
+    return [separate, shared, *medusa_2, *recomputed]
+
+
+def cpu_step_cases(directory: str) -> list[Case]:
+    """Steps of SmolLM2 in `directory`, and of the large models' shapes with one layer."""
     cases = []
     for precision in PRECISIONS:
         cases += [
@@ -98,9 +121,9 @@ def step_cases(directory: str) -> list[Case]:
     return cases
 
 
-def heads_loss_cases(directory: str) -> list[Case]:
-    """The shapes at which the heads' loss is measured alone."""
-    return [case for case in step_cases(directory) if case.stage == "medusa-1"]
+def heads_loss_cases(directory: str, device: Device = "cpu") -> list[Case]:
+    """The shapes at which the heads' loss is measured alone; of a random model one layer is enough for that."""
+    return [replace(case, layers=1) for case in step_cases(directory, device) if case.stage == "medusa-1"]
 
 
 def vocabulary_case(form: Form, factor: int) -> Case:

@@ -8,20 +8,17 @@ Prints JSON; `{"does_not_fit": true}` where the memory that is available now is 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import os
-import resource
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import roofline
 import torch
-from machine import available_bytes
+from gpu_kernels import gpu_kernels
 from roofline import SQUARE, Shape, VocabularyMatmuls, matmul_flops_per_s
+from step_memory import limit_to_available, memory_of
 from torch import Tensor
 from torch.nn import functional as F
 from train_step_cases import LORA_RANK, Case, Side
@@ -47,39 +44,21 @@ CHUNKS = (1024, 512, 320, 256)
 """Rows of the chunks in which the matmuls are tried alone."""
 
 
-def resident_mib() -> float:
-    """Memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
-
-
-def peak_mib() -> float:
-    """Most memory that this process has had since `forget_peak`."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
-
-
-def forget_peak() -> None:
-    """Lets the peak start again from what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def memory(case: Case, side: Side) -> dict[str, Any]:
+def memory_of_steps(case: Case, side: Side) -> dict[str, Any]:
     """Memory of one side: with the libraries alone, with the model, before and after the steps, and the steps' peak.
 
     Reading the model file takes more for a moment than some steps do; that is not the trainer's and is left out.
     """
-    runtime = resident_mib()
+    memory = memory_of(case.device)
+    found = {"available": memory.available(), "runtime": memory.used()}
     lm = load_model(case)
-    model = resident_mib()
+    found["model"] = memory.used()
     step = Step(case, side, lm, make_batch(case, lm.config.vocab_size))
-    before = resident_mib()
-    forget_peak()
+    found["before_step"] = memory.used()
+    memory.forget_peak()
     for _ in range(STEPS_FOR_PEAK):
         step()
-    ctypes.CDLL(None).malloc_trim(0)  # freed activations would count as needed beside the other side
-    resident = {"runtime": runtime, "model": model, "before_step": before, "after_steps": resident_mib()}
-    return resident | {"peak": peak_mib()}
+    return found | {"peak": memory.peak(), "after_steps": memory.used()}
 
 
 def alternated(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -109,12 +88,13 @@ def step_times(case: Case, sides: list[Side], rounds: int) -> dict[str, Any]:
     steps = {side: Step(case, side, with_shared_weights(lm), batch) for side in sides}
     losses: dict[str, list[float]] = {side: [] for side in sides}
     rates: list[float] = []
+    square = SQUARE[case.device]
 
     def run(side: Side) -> None:
         losses[side].append(steps[side]())
 
     def run_matmul() -> None:
-        rates.append(matmul_flops_per_s(SQUARE, SQUARE, SQUARE, multiplied_in(case)))
+        rates.append(matmul_flops_per_s(square, square, square, multiplied_in(case), case.device))
 
     works: dict[str, Callable[[], object]] = {side: partial(run, side) for side in sides}
     works |= {"backbone": steps["ours"].backbone_forward, "matmul": run_matmul}
@@ -130,6 +110,8 @@ def step_times(case: Case, sides: list[Side], rounds: int) -> dict[str, Any]:
     }
     if "reference" in times:
         result["speed"] = round(paired_ratio(times["reference"], times["ours"]), 3)
+    if case.device == "cuda":
+        result["kernels"] = gpu_kernels(steps["ours"])
     rows = counted_rows(batch["labels"], case.heads)
     return result | against_roofline(case, Shape.of(lm.config), rows, statistics.median(times["ours"]), max(rates))
 
@@ -147,7 +129,8 @@ def against_roofline(case: Case, shape: Shape, rows: list[int], ours_s: float, m
     rank = LORA_RANK if case.stage == "medusa-2" else 0
     flops = roofline.step(shape, case.batch, case.seq, rows, shared=case.form == "shared", rank=rank)
     rate = sum(flops.values()) / ours_s
-    at_heads = matmul_flops_per_s(rows[1], shape.hidden, shape.vocab, multiplied_in(case))
+    at_heads = matmul_flops_per_s(rows[1], shape.hidden, shape.vocab, multiplied_in(case), case.device)
+    peak = roofline.peak_bf16(torch.cuda.get_device_name()) if case.device == "cuda" else None
     return {
         "rows": rows,
         "flops": flops,
@@ -157,12 +140,13 @@ def against_roofline(case: Case, shape: Shape, rows: list[int], ours_s: float, m
         "gflops": round(rate / 1e9, 1),
         "share_of_roofline": round(rate / machine, 3),
         "tokens_per_s": round(case.batch * case.seq / ours_s, 1),
+        **({"mfu": round(rate / peak, 3)} if peak and multiplied_in(case) == torch.bfloat16 else {}),
     }
 
 
 def multiplied_in(case: Case) -> torch.dtype:
     """The type in which this machine multiplies the case's matrices fastest."""
-    return matmul_dtype(DTYPES[case.precision], torch.device("cpu"))
+    return matmul_dtype(DTYPES[case.precision], torch.device(case.device))
 
 
 def head_prediction(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Prediction:
@@ -181,8 +165,9 @@ def heads_loss(case: Case, rounds: int) -> dict[str, Any]:
     start = lm.get_output_embeddings().weight.detach().to(trained_dtype(case))
     del lm
     weights = [start] * case.heads if frozen else [start.clone().requires_grad_() for _ in rows]
-    hidden = [torch.randn(count, shape.hidden, dtype=DTYPES[case.precision]).requires_grad_() for count in rows]
-    targets = [torch.randint(shape.vocab, (count,)) for count in rows]
+    with torch.device(case.device):
+        hidden = [torch.randn(count, shape.hidden, dtype=DTYPES[case.precision]).requires_grad_() for count in rows]
+        targets = [torch.randint(shape.vocab, (count,)) for count in rows]
 
     def ours() -> None:
         loss, _ = row_losses([head_prediction(*each, dtype) for each in zip(hidden, weights, targets, strict=True)])
@@ -190,7 +175,7 @@ def heads_loss(case: Case, rounds: int) -> dict[str, Any]:
         for tensor in (*weights, *hidden):
             tensor.grad = None
 
-    matmuls = VocabularyMatmuls(max(rows), shape, dtype, frozen=frozen)
+    matmuls = VocabularyMatmuls(max(rows), shape, dtype, case.device, frozen=frozen)
     chunk = matmuls.choose_chunk(CHUNKS)
 
     def alone() -> None:
@@ -221,16 +206,17 @@ def main() -> None:
     parser.add_argument("--side", action="append", choices=("ours", "reference"), required=True)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_DATA, (available_bytes(), resource.RLIM_INFINITY))
+    if args.case.device == "cpu":
+        limit_to_available()
     try:
         if args.what == "memory":
-            result = memory(args.case, args.side[0])
+            result = memory_of_steps(args.case, args.side[0])
         elif args.what == "time":
             result = step_times(args.case, args.side, args.rounds)
         else:
             result = heads_loss(args.case, args.rounds)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         result = {"does_not_fit": True}
     print(json.dumps(result))

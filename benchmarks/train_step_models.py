@@ -58,7 +58,7 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
     },
 }
-"""Shapes with random weights and a single layer; `wide` is SmolLM2's, with an output layer of its own."""
+"""Shapes with random weights; `wide` is SmolLM2's, with an output layer of its own."""
 
 
 def autocast(case: Case) -> bool:
@@ -72,17 +72,18 @@ def trained_dtype(case: Case) -> torch.dtype:
 
 
 def load_model(case: Case) -> Any:
-    """The case's causal LM in its precision, frozen."""
+    """The case's causal LM in its precision on its device, frozen."""
     dtype = DTYPES[case.precision]
     if case.model in RANDOM_MODELS:
-        options = dict(RANDOM_MODELS[case.model], num_hidden_layers=1, max_position_embeddings=4096)
+        options = dict(RANDOM_MODELS[case.model], num_hidden_layers=case.layers, max_position_embeddings=4096)
         options["vocab_size"] = case.vocab or options["vocab_size"]
         torch.manual_seed(0)
         config = AutoConfig.for_model(options.pop("model_type"), tie_word_embeddings=False, **options)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        with torch.device(case.device):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(Path(case.directory), attn_implementation="sdpa", dtype=dtype)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False).to(case.device)
 
 
 def with_shared_weights(model: Any) -> Any:
@@ -94,7 +95,9 @@ def with_shared_weights(model: Any) -> Any:
 def make_heads(case: Case, model: Any) -> MedusaHeads:
     """Fresh heads: zero blocks, output layers that start from lm_head."""
     vocab_size, hidden_size = output_embedding(model).weight.shape
-    heads = MedusaHeads(hidden_size, vocab_size, case.heads, form=case.form, dtype=trained_dtype(case))
+    heads = MedusaHeads(
+        hidden_size, vocab_size, case.heads, form=case.form, dtype=trained_dtype(case), device=case.device
+    )
     heads.start_output_layers_from(output_embedding(model).weight)
     return heads
 
@@ -164,7 +167,7 @@ class Step:
 
     def __init__(self, case: Case, side: Side, lm: Any, batch: dict[str, Tensor]) -> None:
         self.case = case
-        self.batch = batch
+        self.batch = {name: tensor.to(case.device) for name, tensor in batch.items()}
         self.shape = Shape.of(lm.config)
         self.lm = lm
         heads = make_heads(case, lm)
@@ -176,7 +179,7 @@ class Step:
 
     def loss(self) -> Tensor:
         """The loss of the batch, scalar."""
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast(self.case)):
+        with torch.autocast(self.case.device, dtype=torch.bfloat16, enabled=autocast(self.case)):
             if self.side == "reference":
                 loss: Tensor = self.model(**self.batch)
             else:
@@ -194,7 +197,7 @@ class Step:
     @torch.no_grad()
     def backbone_forward(self) -> None:
         """The backbone alone over the batch, adapters included."""
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast(self.case)):
+        with torch.autocast(self.case.device, dtype=torch.bfloat16, enabled=autocast(self.case)):
             backbone(self.lm)(input_ids=self.batch["input_ids"], use_cache=False)
 
 

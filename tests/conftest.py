@@ -6,7 +6,7 @@ import os
 
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["CUDA_VISIBLE_DEVICES"] = "0" if os.environ.get("MEDUSA_TEST_DEVICE") == "cuda" else ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 os.environ.setdefault("WANDB_MODE", "disabled")
 
@@ -22,6 +22,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+DEVICE = os.environ.get("MEDUSA_TEST_DEVICE", "cpu")
+"""`cuda`: the tests of the losses (`make test-cuda`) make their tensors on a GPU. No other test looks at one."""
+
+torch.set_default_device(DEVICE)
 
 VOCAB, HIDDEN = 131, 32
 

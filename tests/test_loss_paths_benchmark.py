@@ -15,7 +15,7 @@ def test_every_path_has_the_same_loss_and_gradients():
     torch.manual_seed(0)
     hidden, weight = torch.randn(40, 16).requires_grad_(), torch.randn(300, 16).requires_grad_()
     targets = torch.randint(300, (40,))
-    paths = loss_paths.losses("fp32")
+    paths = loss_paths.losses("fp32", "cpu")
     assert {"ours", "ours, recomputed", "plain"} <= set(paths)
     expected = loss_paths.plain(hidden, weight, targets)
     gradients = torch.autograd.grad(expected, (hidden, weight))
@@ -33,6 +33,6 @@ def test_the_script_prints_and_writes_every_path(tmp_path, monkeypatch, capsys):
     loss_paths.main()
     result, shown = json.loads(out.read_text()), capsys.readouterr().out
     for precision in ("fp32", "bf16"):
-        assert set(result[precision]) == set(loss_paths.losses(precision))
+        assert set(result[precision]) == set(loss_paths.losses(precision, "cpu"))
         for name, found in result[precision].items():
             assert found["seconds"] > 0 and f"{precision}  {name}" in shown

@@ -226,7 +226,7 @@ def test_train_step_script_on_a_tiny_model_writes_its_figures(tmp_path):
 
 
 def peaks(model, after_steps, peak):
-    return {"runtime": 100.0, "model": model, "after_steps": after_steps, "peak": peak}
+    return {"available": 0.0, "runtime": 100.0, "model": model, "after_steps": after_steps, "peak": peak}
 
 
 @pytest.mark.parametrize(
@@ -242,12 +242,12 @@ def test_measure_step_times_the_reference_only_where_it_fits(monkeypatch, refere
 
     def measure(what, case, sides=("ours",), rounds=1):
         if what == "memory":
-            return peaks(500.0, 700.0, 1000.0) if sides == ("ours",) else reference
+            ours = peaks(500.0, 700.0, 1000.0) | {"available": available_mib}
+            return ours if sides == ("ours",) else reference
         seen.append(list(sides))
         return {"seconds": {}}
 
     monkeypatch.setattr(train_step, "measure", measure)
-    monkeypatch.setattr(train_step, "available_bytes", lambda: available_mib * 2**20)
     result = train_step.measure_step(Case("smollm2", "medusa-1", "separate", "fp32"), rounds=1)
     assert seen == [timed]
     expected = {} if "does_not_fit" in reference else {"memory_ratio": 0.231, "memory_ratio_with_runtime": 0.25}

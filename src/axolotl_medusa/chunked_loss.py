@@ -318,8 +318,8 @@ class _GradientInForward(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # type: ignore[attr-defined]
         if gradients is None:
             raise RuntimeError("the losses' gradients are gone: backward was called a second time")
-        factor = grad_outputs[0]
-        if factor.is_cuda or factor.item() != 1.0:
+        factor = grad_outputs[0].item()  # waits for a GPU: far less than passes over gradients as large as the weights
+        if factor != 1.0:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(factor)
@@ -425,21 +425,31 @@ def _rows_gradient(logits_gradient: Tensor, weight: Tensor) -> Tensor:
 def _add_weight_gradient(
     run: _Run, weight: Tensor, logits_gradient: Tensor, rows: Tensor, gradients: _Gradients
 ) -> None:
-    """Adds `logits_gradient.T @ rows` to the weight's gradient: in place where both have one type, else in parts.
-
-    It starts at zero, although the first rows need not be added: on a CPU all threads write zeros, while a matmul waits for
-    the kernel to map memory that nobody has written yet.
-    """
-    kept = gradients.parameters[id(weight)]
+    """Adds `logits_gradient.T @ rows` to the weight's gradient: in place where a matmul can write its type, else in parts."""
+    kept, is_first = gradients.parameters[id(weight)], False
     if kept is None:
-        kept = gradients.parameters[id(weight)] = host_memory.empty(weight.shape, weight.dtype, weight.device).zero_()
+        kept = gradients.parameters[id(weight)] = host_memory.empty(weight.shape, weight.dtype, weight.device)
+        is_first = kept.is_cuda
+        if not is_first:
+            # A matmul could write the first rows' gradient. But all of a CPU's threads write zeros, while a matmul waits for
+            # the kernel to map memory that nobody has written yet.
+            kept.zero_()
+    beta = 0 if is_first else 1
     if kept.dtype == rows.dtype:
-        kept.addmm_(logits_gradient.T, rows)
-        return
-    step = max(1, CONVERTED_ELEMENTS // kept.shape[1])
-    for of_tokens, part_of_logits in zip(
-        torch.split(kept, step), torch.split(logits_gradient, step, dim=1), strict=True
-    ):
-        part = run.buffer("weight gradient", of_tokens.shape, rows.dtype, rows.device)
-        torch.mm(part_of_logits.T, rows, out=part)
-        of_tokens += part
+        kept.addmm_(logits_gradient.T, rows, beta=beta)
+    elif _adds_in_fp32(kept, rows):
+        torch.addmm(kept, logits_gradient.T, rows, beta=beta, out_dtype=torch.float32, out=kept)
+    else:
+        step = max(1, CONVERTED_ELEMENTS // kept.shape[1])
+        for of_tokens, of_logits in zip(
+            torch.split(kept, step), torch.split(logits_gradient, step, dim=1), strict=True
+        ):
+            part = run.buffer("weight gradient", of_tokens.shape, rows.dtype, rows.device)
+            torch.mm(of_logits.T, rows, out=part)
+            torch.add(of_tokens.zero_() if is_first else of_tokens, part, out=of_tokens)
+
+
+def _adds_in_fp32(kept: Tensor, rows: Tensor) -> bool:
+    """Whether a matmul of half-precision rows can add to fp32, unrounded: cuBLAS can."""
+    is_half = rows.dtype in (torch.bfloat16, torch.float16)
+    return rows.is_cuda and torch.version.hip is None and is_half and kept.dtype == torch.float32

@@ -21,6 +21,9 @@ from axolotl_medusa.loss import IGNORE_INDEX, RowLossWeights
 _BLOCK_BYTES = 2**25
 """Memory that is worked on together on a CPU: it stays in a large cache between one pass and the next."""
 
+_ACCELERATOR_BLOCK_BYTES = 2**29
+"""The same elsewhere: copies in fp32 of all of a chunk's logits would take gigabytes."""
+
 _COPIES = 4
 """Blocks are smaller by this factor where copies of them are made, in fp32."""
 
@@ -245,10 +248,10 @@ def _largest_of_positive(values: Tensor) -> Tensor:
 
 
 def _blocks(logits: Tensor, copies: int) -> Iterator[slice]:
-    """Slices of rows that are worked on together: small ones on a CPU, all rows elsewhere."""
+    """Slices of rows that are worked on together; in place, an accelerator works on all of them."""
     rows = logits.shape[0]
-    step = rows
-    if logits.device.type == "cpu":
-        step = _BLOCK_BYTES // (copies * logits.shape[1] * logits.element_size())
+    is_cpu = logits.device.type == "cpu"
+    step = (_BLOCK_BYTES if is_cpu else _ACCELERATOR_BLOCK_BYTES) // (copies * logits.shape[1] * logits.element_size())
+    step = rows if not is_cpu and copies == 1 else max(step, 1)
     for start in range(0, rows, max(step, 1)):
         yield slice(start, min(start + step, rows))
