@@ -6,6 +6,7 @@ Contract: figures in MiB; a GPU's leave out what CUDA and its libraries take, as
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 from pathlib import Path
@@ -61,10 +62,12 @@ class GpuMemory:
 
     def available(self) -> float:
         """As the driver says, of this and all other processes."""
+        self.used()
         return round(torch.cuda.mem_get_info()[0] / MIB, 1)
 
     def used(self) -> float:
-        """Held by tensors; without fragments that the allocator keeps."""
+        """Held by tensors, once those that nothing uses are gone."""
+        gc.collect()
         torch.cuda.empty_cache()
         return round(torch.cuda.memory_allocated() / MIB, 1)
 

@@ -1,7 +1,7 @@
 """Training speed and memory against a plain reference and against this machine's matmuls: `make bench`.
 
     python benchmarks/train_step.py [--model DIR] [--cases TEXT ...] [--rounds 3] [--heads-dtype float32]
-        [--optimizer adamw8bit] [--device cuda] [--json FILE]
+        [--optimizer adamw8bit] [--liger] [--device cuda] [--json FILE]
 
 Each training step is timed in alternation with the reference's and with the backbone's forward, in one process; peak
 memory is taken in a process for each side, and its ratio leaves out what the libraries take before a model is there. Then
@@ -22,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from machine import description, gpu_description, write_result
+from measured_step import DOES_NOT_FIT, SIDES, Result, measured_step
 from smollm2 import unpacked
 from train_step_bounds import bounds_of_heads_loss, bounds_of_step, bounds_of_vocabulary
 from train_step_cases import FORMS, Case, Device, Form, Side, heads_loss_cases, step_cases, vocabulary_case
@@ -34,17 +34,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 FILES: dict[Device, str] = {"cpu": "train_step.json", "cuda": "train_step_gpu.json"}
 MEASURE = ROOT / "benchmarks" / "train_step_measure.py"
 MODEL = ROOT / ".demo" / "smollm2"
-SIDES: tuple[Side, ...] = ("ours", "reference")
-SPARE_MIB = 1024.0
-"""Left free when both sides are in memory."""
 
 STEP_COLUMNS = (
     f"{'training step':36} {'ours s':>7} {'ref. s':>7} {'backb. s':>8} {'speed':>6} {'tokens/s':>8} {'GFLOP/s':>7} {'square':>7} "
     f"{'at heads':>8} {'of roof':>8} {'MiB':>7} {'ref.MiB':>7} {'ratio':>6}"
 )
-
-Result = dict[str, Any]
-DOES_NOT_FIT = "does_not_fit"
 
 
 def measure(what: str, case: Case, sides: tuple[Side, ...] = ("ours",), rounds: int = 1) -> Result:
@@ -64,22 +58,10 @@ def measure(what: str, case: Case, sides: tuple[Side, ...] = ("ours",), rounds: 
 
 
 def measure_step(case: Case, rounds: int) -> Result:
-    """Peak memory of both sides, then their times; the reference's only where it fits beside our side."""
-    peaks = {side: measure("memory", case, (side,)) for side in SIDES}
-    result: Result = {"batch": case.batch, "seq": case.seq, "heads": case.heads, "memory_mib": peaks}
-    ours, reference = peaks["ours"], peaks["reference"]
-    if DOES_NOT_FIT in ours:
-        return result | ours
-    if DOES_NOT_FIT not in reference:
-        above = [side["peak"] - side["runtime"] for side in (ours, reference)]
-        result["memory_ratio"] = round(above[0] / above[1], 3)
-        result["memory_ratio_with_runtime"] = round(ours["peak"] / reference["peak"], 3)
-        beside = ours["after_steps"] - ours["model"]  # the backbone's weights and the runtime are there once
-        if beside + reference["peak"] + SPARE_MIB <= ours["available"]:
-            times = measure("time", case, SIDES, rounds)
-            if DOES_NOT_FIT not in times:
-                return result | times
-    return result | measure("time", case, ("ours",), rounds)
+    """Memory and times of both sides, on a CPU each in a process of its own; a GPU's allocator tells them apart in one."""
+    if case.device == "cuda":
+        return measure("step", case, SIDES, rounds)
+    return measured_step(case, rounds, measure)
 
 
 def measure_vocabulary(form: Form) -> Result:
@@ -147,7 +129,7 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
         ValueError: There are none.
     """
     changes = {"heads_dtype": args.heads_dtype, "optimizer": args.optimizer}
-    changes |= {key: getattr(args, key) for key in ("batch", "seq", "heads") if getattr(args, key)}
+    changes |= {key: getattr(args, key) for key in ("batch", "seq", "heads", "liger") if getattr(args, key)}
     directory, rounds = str(args.model or MODEL), args.rounds
     found = []
     for case in step_cases(directory, args.device):
@@ -175,7 +157,9 @@ def run(args: argparse.Namespace) -> Result:
     chosen = plan(args)
     if args.model is None and any("smollm2" in one.name for one in chosen):
         unpacked(MODEL)
-    result: Result = {"heads_dtype": args.heads_dtype, "optimizer": args.optimizer, "rounds": args.rounds}
+    result: Result = {"rounds": args.rounds} | {
+        key: getattr(args, key) for key in ("heads_dtype", "optimizer", "liger")
+    }
     result |= description("torch", "transformers", "peft") | gpu_description(args.device)
     result |= {"steps": {}, "heads_loss": {}, "vocabulary": {}}
     result["bounds"] = []
@@ -205,6 +189,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--heads-dtype", choices=("backbone", "float32"), default="backbone")
     parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw")
+    parser.add_argument("--liger", action="store_true", help="Liger's norms, rotary positions and MLPs in the backbone")
     for name in ("batch", "seq", "heads"):
         parser.add_argument(f"--{name}", type=int, help="instead of the cases' own")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -57,6 +57,7 @@ class Case:
         lora_dropout: Dropout of the adapters.
         checkpoint_layers: Of how many decoder layers our side recomputes the activations, `medusa_checkpoint_layers`.
         layers: Decoder layers of a random model.
+        liger: Whether norms, rotary positions and MLPs of a random model are Liger's kernels, as with axolotl's LigerPlugin.
         device: Where it is measured.
     """
 
@@ -74,6 +75,7 @@ class Case:
     lora_dropout: float = 0.05
     checkpoint_layers: int = 0
     layers: int = 1
+    liger: bool = False
     device: Device = "cpu"
 
     @property

@@ -1,6 +1,6 @@
 """One measurement of `train_step.py`, in this process alone.
 
-    python benchmarks/train_step_measure.py {memory|time|heads-loss} CASE_AS_JSON [--side ours] [--rounds 3]
+    python benchmarks/train_step_measure.py {memory|time|step|heads-loss} CASE_AS_JSON [--side ours] [--rounds 3]
 
 Prints JSON; `{"does_not_fit": true}` where the memory that is available now is too little.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import roofline
 import torch
 from gpu_kernels import gpu_kernels
+from measured_step import DOES_NOT_FIT, measured_step
 from roofline import SQUARE, Shape, VocabularyMatmuls, matmul_flops_per_s
 from step_memory import limit_to_available, memory_of
 from torch import Tensor
@@ -198,27 +199,34 @@ def heads_loss(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure(what: str, case: Case, sides: tuple[Side, ...] = ("ours",), rounds: int = 1) -> dict[str, Any]:
+    """Takes one measurement here, see `measured_step.Measure`."""
+    try:
+        if what == "memory":
+            return memory_of_steps(case, sides[0])
+        if what == "time":
+            return step_times(case, list(sides), rounds)
+        return heads_loss(case, rounds)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        return {DOES_NOT_FIT: True}
+
+
 def main() -> None:
-    """Takes one measurement."""
+    """Takes one measurement, or as `step` all of a step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("memory", "time", "heads-loss"))
+    parser.add_argument("what", choices=("memory", "time", "step", "heads-loss"))
     parser.add_argument("case", type=lambda text: Case(**json.loads(text)))
     parser.add_argument("--side", action="append", choices=("ours", "reference"), required=True)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.case.device == "cpu":
         limit_to_available()
-    try:
-        if args.what == "memory":
-            result = memory_of_steps(args.case, args.side[0])
-        elif args.what == "time":
-            result = step_times(args.case, args.side, args.rounds)
-        else:
-            result = heads_loss(args.case, args.rounds)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        result = {"does_not_fit": True}
+    if args.what == "step":
+        result = measured_step(args.case, args.rounds, measure)
+    else:
+        result = measure(args.what, args.case, tuple(args.side), args.rounds)
     print(json.dumps(result))
 
 

@@ -77,6 +77,8 @@ def load_model(case: Case) -> Any:
     if case.model in RANDOM_MODELS:
         options = dict(RANDOM_MODELS[case.model], num_hidden_layers=case.layers, max_position_embeddings=4096)
         options["vocab_size"] = case.vocab or options["vocab_size"]
+        if case.liger:
+            use_liger(options["model_type"])
         torch.manual_seed(0)
         config = AutoConfig.for_model(options.pop("model_type"), tie_word_embeddings=False, **options)
         with torch.device(case.device):
@@ -84,6 +86,14 @@ def load_model(case: Case) -> Any:
     else:
         model = AutoModelForCausalLM.from_pretrained(Path(case.directory), attn_implementation="sdpa", dtype=dtype)
     return model.requires_grad_(False).to(case.device)
+
+
+def use_liger(model_type: str) -> None:
+    """Makes models that are built from now on use Liger's kernels for all but the loss."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
+    apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def with_shared_weights(model: Any) -> Any:

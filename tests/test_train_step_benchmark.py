@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import roofline
 import torch
-import train_step
 from conftest import HIDDEN, VOCAB, make_model, randomize
+from gpu_kernels import summary
+from measured_step import measured_step
 from peft import get_peft_model
 from plain_trainer import PlainTrainer, column_targets
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from train_step_bounds import bounds_of_step, bounds_of_vocabulary
-from train_step_cases import Case
+from train_step_cases import Case, heads_loss_cases, step_cases
 from train_step_models import (
     COEFFICIENT,
     counted_rows,
@@ -237,7 +238,7 @@ def peaks(model, after_steps, peak):
         ({"does_not_fit": True}, 6000, ["ours"]),
     ],
 )
-def test_measure_step_times_the_reference_only_where_it_fits(monkeypatch, reference, available_mib, timed):
+def test_measured_step_times_the_reference_only_where_it_fits(reference, available_mib, timed):
     seen = []
 
     def measure(what, case, sides=("ours",), rounds=1):
@@ -247,11 +248,64 @@ def test_measure_step_times_the_reference_only_where_it_fits(monkeypatch, refere
         seen.append(list(sides))
         return {"seconds": {}}
 
-    monkeypatch.setattr(train_step, "measure", measure)
-    result = train_step.measure_step(Case("smollm2", "medusa-1", "separate", "fp32"), rounds=1)
+    result = measured_step(Case("smollm2", "medusa-1", "separate", "fp32"), 1, measure)
     assert seen == [timed]
     expected = {} if "does_not_fit" in reference else {"memory_ratio": 0.231, "memory_ratio_with_runtime": 0.25}
     assert {name: value for name, value in result.items() if "ratio" in name} == expected
+
+
+def test_gpu_cases_are_whole_steps_of_qwen3_8b_and_one_layer_for_the_heads_loss():
+    cases = step_cases("", "cuda")
+    assert {(case.model, case.layers, case.seq, case.heads, case.precision) for case in cases} == {
+        ("qwen3-8b", 36, 4096, 5, "bf16")
+    }
+    assert len({case.name for case in cases}) == 6
+    assert {(case.stage, case.form, case.checkpoint_layers) for case in cases} == {
+        (stage, form, layers)
+        for form in ("separate", "shared")
+        for stage, layers in (("medusa-1", 0), ("medusa-2", 0), ("medusa-2", 36))
+    }
+    alone = heads_loss_cases("", "cuda")
+    assert [(case.form, case.layers, case.device) for case in alone] == [("separate", 1, "cuda"), ("shared", 1, "cuda")]
+
+
+def test_gpu_kernels_sum_up_by_kind_and_name_the_largest():
+    kernels = [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT", 70.0, 252),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", 9.9, 36),
+        (
+            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>",
+            16.0,
+            153,
+        ),
+        ("void at::native::elementwise_kernel<128, 4, BinaryFunctor<c10::BFloat16>>", 13.0, 30),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", 6.0, 157),
+        ("liger_cross_entropy_kernel", 3.7, 10),
+        ("something new", 0.5, 1),
+    ]
+    found = summary(kernels * 2)
+    assert found["total_ms"] == pytest.approx(2 * sum(milliseconds for _, milliseconds, _ in kernels))
+    assert list(found["kinds_ms"]) == [
+        "matmul", "optimizer", "elementwise", "attention", "copy and fill", "liger cross-entropy", "other"
+    ]  # fmt: skip
+    assert found["kinds_ms"]["matmul"] == 140.0 and len(found["largest"]) == 12
+    assert [each["ms"] for each in found["largest"]][:3] == [70.0, 70.0, 16.0]
+
+
+def test_peak_bf16_is_known_for_the_gpus_that_were_measured_only():
+    assert roofline.peak_bf16("NVIDIA H200") == roofline.peak_bf16("NVIDIA H100 80GB HBM3") == 989.4e12
+    assert roofline.peak_bf16("NVIDIA H100 PCIe") is None and roofline.peak_bf16("NVIDIA L4") is None
+
+
+def test_train_step_measure_takes_a_whole_step_in_one_process():
+    case = Case("wide", "medusa-1", "shared", "fp32", vocab=300, seq=32, heads=2)
+    sides = ["--side", "ours", "--side", "reference", "--rounds", "1"]
+    command = [sys.executable, "benchmarks/train_step_measure.py", "step", case.to_json(), *sides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result["memory_mib"]) == set(result["rounds_s"]) - {"backbone"} == {"ours", "reference"}
+    assert result["speed"] > 0 and "kernels" not in result and "mfu" not in result
 
 
 def test_train_step_script_names_what_can_be_selected(tmp_path):
