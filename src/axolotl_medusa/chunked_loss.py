@@ -255,7 +255,9 @@ class _Run:
         size = math.prod(shape)
         kept = self._buffers.get((name, dtype))
         if kept is None or kept.numel() < size:
-            kept = self._buffers[name, dtype] = host_memory.empty([size], dtype, device)
+            kept = None
+            self._buffers.pop((name, dtype), None)  # so that its memory may be lent again, or given up for more
+            kept = self._buffers[name, dtype] = host_memory.empty(name, [size], dtype, device)
         return kept[:size].view(*shape)
 
     def weight(self, layer: OutputLayer) -> Tensor:
@@ -428,7 +430,9 @@ def _add_weight_gradient(
     """Adds `logits_gradient.T @ rows` to the weight's gradient: in place where a matmul can write its type, else in parts."""
     kept, is_first = gradients.parameters[id(weight)], False
     if kept is None:
-        kept = gradients.parameters[id(weight)] = host_memory.empty(weight.shape, weight.dtype, weight.device)
+        kept = gradients.parameters[id(weight)] = host_memory.empty(
+            "gradient", weight.shape, weight.dtype, weight.device
+        )
         is_first = kept.is_cuda
         if not is_first:
             # A matmul could write the first rows' gradient. But all of a CPU's threads write zeros, while a matmul waits for

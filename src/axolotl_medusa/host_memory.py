@@ -2,7 +2,7 @@
 
 Contract: `empty` stands for `torch.empty`. What PyTorch frees on a CPU goes back to the kernel, which maps and clears the
 pages again at the next step: a fifth of the time of a loss over a vocabulary in a virtual machine (benchmarks/README.md).
-The most that was in use at once is kept until the process ends. PyTorch keeps the memory of accelerators by itself.
+For each use the most that was in use at once is kept until the process ends. PyTorch keeps the memory of accelerators by itself.
 """
 
 from __future__ import annotations
@@ -41,11 +41,16 @@ class _Block:
 
 
 class _Pool:
-    """Blocks that have been lent; those that are free again are lent again."""
+    """Blocks that have been lent for one use; those that are free again are lent again."""
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
         self._lock = threading.Lock()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all blocks."""
+        return sum(block.size for block in self._blocks)
 
     def lend(self, size: int) -> Tensor:
         """Uninitialised bytes, `[size]`: of the smallest free block that is large enough, else of a new one.
@@ -61,12 +66,25 @@ class _Pool:
             return min(fitting, key=lambda block: block.size).lend(size)
 
 
-_POOL = _Pool()
+_POOLS: dict[str, _Pool] = {}
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor of a shape; on a CPU in memory that is kept when the tensor is gone. It cannot be resized."""
+def empty(use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor of a shape; on a CPU in memory that is kept when the tensor is gone. It cannot be resized.
+
+    Args:
+        use: What it is for. Only tensors for the same have the same memory: a small buffer would otherwise take the block of a
+            weight's gradient, for which a new one would then be made at every step.
+        shape: Its shape.
+        dtype: Its type.
+        device: Where it is.
+    """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _SMALLEST:
         return torch.empty(*shape, dtype=dtype, device=device)
-    return _POOL.lend(size).view(dtype).view(*shape)
+    return _POOLS.setdefault(use, _Pool()).lend(size).view(dtype).view(*shape)
+
+
+def kept_bytes() -> int:
+    """All memory that is kept now, lent or free."""
+    return sum(pool.size for pool in _POOLS.values())
