@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 from conftest import AXOLOTL_YAML, LORA, PLUGIN
 
 from axolotl_medusa.args import MedusaArgs, config_problems
@@ -47,8 +51,8 @@ def validate(monkeypatch):
 
     def run(**keys):
         cfg = DictDefault({**AXOLOTL_YAML, **keys})
-        if cfg.plugins:
-            manager.register(PLUGIN)
+        for plugin in cfg.plugins or ():
+            manager.register(plugin)
         return validate_config(cfg)
 
     return run
@@ -62,6 +66,18 @@ def test_valid_yaml_has_no_problems_before_and_after_axolotls_validation(recipe,
     assert {key: cfg[key] for key in RECIPES[recipe] if key.startswith("medusa")} == {
         key: value for key, value in RECIPES[recipe].items() if key.startswith("medusa")
     }
+
+
+def test_ligers_kernels_can_be_switched_on_beside_ours_as_the_readme_says(validate):
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"(?m)^    plugins:\n(?:    .+\n)*?    liger_glu_activation: true\n", text)
+    keys = yaml.safe_load(block)
+    assert keys["plugins"] == [PLUGIN, "axolotl.integrations.liger.LigerPlugin"]
+    cfg = validate(medusa_num_heads=3, **keys)
+    assert {key: cfg[key] for key in keys} == keys and config_problems(cfg) == []
+    assert not cfg.liger_fused_linear_cross_entropy and cfg.medusa_num_heads == 3
+    with pytest.raises(ValueError, match="liger_rms_norm"):
+        validate(medusa_num_heads=3, **{**keys, "liger_rms_norm": "sometimes"})
 
 
 def test_merged_config_has_our_defaults_and_keeps_axolotls_behaviour(validate):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
-from example_files import BIG, GPUS, header_of, load, table_after, text_of
+from example_files import BIG, GPUS, README, header_of, load, table_after, text_of
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,16 @@ def estimated_gib(cfg: Mapping[str, Any], gpus: int = 1) -> float:
     else:
         states = weights + 14 * head_parameters + (4 if cfg["medusa_only_heads"] else 10) * lora
     return (states + activations) / 2**30 + 3
+
+
+def test_example_memory_of_qwen3_is_no_less_than_what_was_measured_on_a_gpu():
+    file = Path(__file__).parents[1] / "benchmarks" / "results" / "train_step_gpu_8bit.json"
+    (step,) = json.loads(file.read_text(encoding="utf-8"))["steps"].values()
+    measured, estimate = step["memory_mib"]["ours"]["peak"] / 1024, estimated_gib(load("qwen3")) - 3
+    assert measured <= estimate <= 1.2 * measured
+    assert f"take {measured:.1f} GiB at most there, and the formula says {estimate:.1f} without" in " ".join(
+        README.split()
+    )
 
 
 @pytest.mark.parametrize("name", BIG)

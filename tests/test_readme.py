@@ -65,8 +65,10 @@ def test_a_decoding_step_costs_no_more_than_it_may():
         assert f"{worst:.2f} ({kind})" in README
 
 
-@pytest.mark.parametrize("file", ["train_step", "train_step_avx2"])
+@pytest.mark.parametrize("file", sorted(file.stem for file in RESULTS.glob("train_step*.json")))
 def test_training_step_table_is_that_of_the_committed_json(file):
+    on_gpu = "gpu" in results(file)
+    digits = 3 if on_gpu else 2
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     for name, found in results(file)["steps"].items():
         if "does_not_fit" in found:
@@ -75,9 +77,34 @@ def test_training_step_table_is_that_of_the_committed_json(file):
         peaks = [f"{memory[side]['peak'] - memory[side]['runtime']:.0f}" for side in ("ours", "reference")]
         rows = [line for line in text.splitlines() if f"| {peaks[0]} | {peaks[1]} |" in line]
         assert len(rows) == 1, name
-        assert f"| {seconds['ours']:.2f} |" in rows[0] and f"| {found['memory_ratio']:.2f} |" in rows[0]
+        assert f"| {seconds['ours']:.{digits}f} |" in rows[0] and f"| {found['memory_ratio']:.2f} |" in rows[0]
         if "speed" in found:
-            assert f"| {seconds['reference']:.2f} | {found['speed']:.2f} × |" in rows[0]
+            assert f"| {seconds['reference']:.{digits}f} | {found['speed']:.2f} × |" in rows[0]
+        if on_gpu:
+            assert f"| {found['tokens_per_s']:.0f} | {found['mfu']:.0%} |" in rows[0]
+
+
+def test_time_of_gpu_kernels_is_that_of_the_committed_json():
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    kinds = ("matmul", "elementwise", "attention", "optimizer", "copy and fill", "reduction")
+    for file, name in (
+        ("train_step_gpu", "qwen3-8b medusa-1 separate bf16"),
+        ("train_step_gpu", "qwen3-8b medusa-2 separate bf16 36 layers recomputed"),
+        ("train_step_gpu_liger", "qwen3-8b medusa-1 separate bf16"),
+    ):
+        kernels = results(file)["steps"][name]["kernels"]
+        shown = [kernels["total_ms"], *(kernels["kinds_ms"][kind] for kind in kinds)]
+        assert "".join(f"| {milliseconds:.0f} " for milliseconds in shown) in text, name
+
+
+def test_gpu_rates_of_the_loss_paths_are_those_of_the_committed_json():
+    rates = results("loss_paths_gpu")
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for name in rates["bf16"]:
+        cells = (
+            f"{rates[kind][name]['gflops'] / 1000:.0f} | {rates[kind][name]['mib']:.0f}" for kind in ("bf16", "fp32")
+        )
+        assert f"| {' | '.join(cells)} |" in text, name
 
 
 @pytest.mark.parametrize("file", ["train_step", "train_step_avx2"])
@@ -98,6 +125,11 @@ def test_readme_sentence_about_training_steps_is_that_of_the_committed_json():
         for figure in (f"{found['seconds']['ours']:.2f}", f"{found['speed']:.2f}", f"{found['memory_ratio']:.2f}"):
             assert figure in README
         assert f"{results('train_step_avx2')['steps'][f'smollm2 medusa-1 {form} fp32']['speed']:.2f}" in README
+        found = results("train_step_gpu")["steps"][f"qwen3-8b medusa-1 {form} bf16"]
+        assert f"{found['seconds']['ours']:.3f} s" in README and f"{found['speed']:.2f}" in README
+        assert f"({found['memory_mib']['ours']['peak']:.0f} MiB)" in README
+    (found,) = results("train_step_gpu_8bit")["steps"].values()
+    assert f"{found['seconds']['ours']:.3f} s and {found['memory_mib']['ours']['peak']:.0f} MiB" in README
 
 
 def test_rates_of_the_loss_paths_are_those_of_the_committed_json():
