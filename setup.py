@@ -17,7 +17,7 @@ setup(
     package_data={"axolotl_medusa": ["py.typed"]},
     entry_points={"console_scripts": ["axolotl-medusa = axolotl_medusa.cli:main"]},
     python_requires=">=3.11",
-    install_requires=["pydantic>=2", "safetensors", "torch>=2.11", "transformers>=5"],
+    install_requires=["pydantic>=2", "safetensors", "torch>=2.6", "transformers>=5"],
     extras_require={
         # Training needs axolotl; decoding and exporting work without it.
         "train": [AXOLOTL],
