@@ -25,11 +25,20 @@ def description(*packages: str) -> dict[str, Any]:
 
 
 def gpu_description(device: str) -> dict[str, Any]:
-    """Name, memory and driver of the GPU as `nvidia-smi` has them; nothing for a CPU."""
+    """Name, memory and driver of the first GPU as `nvidia-smi` has them; nothing for a CPU.
+
+    Raises:
+        RuntimeError: `nvidia-smi` is missing or failed.
+    """
     if device == "cpu":
         return {}
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=True)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(
+            f"{error}, expected one NVIDIA GPU: run without --device cuda, or where there is one"
+        ) from error
     name, memory, driver = done.stdout.splitlines()[0].split(", ")
     return {"gpu": {"name": name, "memory": memory, "driver": driver}}
 

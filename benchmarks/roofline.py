@@ -18,8 +18,8 @@ from torch import Tensor
 SQUARE = {"cpu": 2048, "cuda": 8192}
 """Side of the square matmul whose rate stands for the machine's."""
 
-PEAK_BF16 = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12}
-"""Dense bf16 FLOP/s by a part of the GPU's name, from NVIDIA's data sheets: what model FLOPs utilisation (MFU) refers to."""
+PEAK_BF16 = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
+"""Dense bf16 FLOP/s by the GPU's name, from NVIDIA's data sheets: what model FLOPs utilisation (MFU) refers to."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,6 @@ def seconds(work: Callable[[], object]) -> float:
 def _wait_for_gpu() -> None:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
-
-
-def peak_bf16(gpu: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name, None where it is not known."""
-    return next((rate for part, rate in PEAK_BF16.items() if part in gpu), None)
 
 
 def fastest(work: Callable[[], object], at_least_s: float = 0.5) -> float:

@@ -1,6 +1,6 @@
 """Memory of a training step: of this process on a CPU, of the allocator on a GPU.
 
-Contract: figures in MiB; a GPU's leave out what CUDA and its libraries take, as `runtime` does on a CPU.
+Contract: figures in MiB. A GPU's are without what CUDA takes, but with cuBLAS's workspace, which is there from the start.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class HostMemory:
 
     def available(self) -> float:
         """As the kernel estimates it."""
-        return available_bytes() / MIB
+        return round(available_bytes() / MIB, 1)
 
     def used(self) -> float:
         """Resident now; freed activations that malloc keeps would count as needed beside another side."""
@@ -59,6 +59,12 @@ class HostMemory:
 
 class GpuMemory:
     """Memory of the current GPU that tensors of this process hold."""
+
+    def __init__(self) -> None:
+        square = torch.ones(8, 8, device="cuda")
+        torch.mm(
+            square, square
+        )  # cuBLAS takes its workspace from the same allocator; with `used` it is there from the start
 
     def available(self) -> float:
         """As the driver says, of this and all other processes."""

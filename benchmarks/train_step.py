@@ -4,7 +4,7 @@
         [--optimizer adamw8bit] [--liger] [--device cuda] [--json FILE]
 
 Each training step is timed in alternation with the reference's and with the backbone's forward, in one process; peak
-memory is taken in a process for each side, and its ratio leaves out what the libraries take before a model is there. Then
+memory is taken on a CPU in a process for each side, and its ratio leaves out what the libraries take before a model is there. Then
 the loss of the heads alone beside the matmuls that it is made of, and the peak memory with a vocabulary twice as large.
 `--cases` selects measurements whose name holds one of the texts, e.g. `--cases "medusa-1 separate" "heads-loss smollm2"`.
 Prints tables and whether the bounds of `train_step_bounds.py` hold; writes JSON after every measurement. A side that does
@@ -130,6 +130,8 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
     """
     changes = {"heads_dtype": args.heads_dtype, "optimizer": args.optimizer}
     changes |= {key: getattr(args, key) for key in ("batch", "seq", "heads", "liger") if getattr(args, key)}
+    if args.liger and args.device == "cpu":
+        raise ValueError("--liger needs --device cuda: Liger's kernels are a GPU's")
     directory, rounds = str(args.model or MODEL), args.rounds
     found = []
     for case in step_cases(directory, args.device):

@@ -79,11 +79,12 @@ def paired_ratio(slower: list[float], faster: list[float]) -> float:
 
 
 def step_times(case: Case, sides: list[Side], rounds: int) -> dict[str, Any]:
-    """Times the sides' steps, the backbone's forward and a matmul in alternation.
+    """Times the sides' steps, the backbone's forward and a matmul in alternation; on a GPU also each kind of kernel.
 
     Raises:
         RuntimeError: The sides' first losses differ.
     """
+    memory_of(case.device).used()  # what was measured here before is gone
     lm = load_model(case)
     batch = make_batch(case, lm.config.vocab_size)
     steps = {side: Step(case, side, with_shared_weights(lm), batch) for side in sides}
@@ -131,7 +132,7 @@ def against_roofline(case: Case, shape: Shape, rows: list[int], ours_s: float, m
     flops = roofline.step(shape, case.batch, case.seq, rows, shared=case.form == "shared", rank=rank)
     rate = sum(flops.values()) / ours_s
     at_heads = matmul_flops_per_s(rows[1], shape.hidden, shape.vocab, multiplied_in(case), case.device)
-    peak = roofline.peak_bf16(torch.cuda.get_device_name()) if case.device == "cuda" else None
+    peak = roofline.PEAK_BF16.get(torch.cuda.get_device_name()) if case.device == "cuda" else None
     return {
         "rows": rows,
         "flops": flops,
@@ -218,15 +219,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("memory", "time", "step", "heads-loss"))
     parser.add_argument("case", type=lambda text: Case(**json.loads(text)))
-    parser.add_argument("--side", action="append", choices=("ours", "reference"), required=True)
+    parser.add_argument("--side", action="append", choices=("ours", "reference"), help="of `memory` and `time`")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    if args.what in ("memory", "time") and not args.side:
+        parser.error(f"{args.what} without --side, expected at least one")
     if args.case.device == "cpu":
         limit_to_available()
     if args.what == "step":
         result = measured_step(args.case, args.rounds, measure)
     else:
-        result = measure(args.what, args.case, tuple(args.side), args.rounds)
+        result = measure(args.what, args.case, tuple(args.side or ()), args.rounds)
     print(json.dumps(result))
 
 

@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 DEVICE = os.environ.get("MEDUSA_TEST_DEVICE", "cpu")
 """`cuda`: the tests of the losses (`make test-cuda`) make their tensors on a GPU. No other test looks at one."""
 
-torch.set_default_device(DEVICE)
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 VOCAB, HIDDEN = 131, 32
 

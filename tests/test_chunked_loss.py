@@ -13,7 +13,7 @@ from conftest import DEVICE
 from test_loss import ATOL, HIDDEN, LOSSES, ROWS, RTOL, VOCAB
 from torch.nn import functional as F
 
-from axolotl_medusa import chunked_loss, closed_form
+from axolotl_medusa import chunked_loss, closed_form, host_memory
 from axolotl_medusa.chunked_loss import COPIES, FixedDistribution, OutputLayer, Prediction, row_losses
 from axolotl_medusa.closed_form import Accuracies
 from axolotl_medusa.loss import RowLossWeights, chunk_losses, is_top_token, top_k_hits
@@ -46,7 +46,7 @@ class Case:
 
     def loss(self, weights=None, *, accuracies=None, layer=None, **options):
         weights = weights or RowLossWeights()
-        every_row = torch.arange(len(self.targets)) if weights.kl else None
+        every_row = torch.arange(len(self.targets), device=DEVICE) if weights.kl else None
         prediction = Prediction(
             self.hidden, self.targets, layer or self.layer, weights, self.scale, every_row, accuracies
         )
@@ -390,6 +390,45 @@ def test_row_losses_weight_gradient_of_another_type_does_not_depend_on_its_parts
     for ours, theirs in zip(found.wanted, expected.wanted, strict=True):
         assert ours.grad.dtype == dtype
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=2**-6, atol=2**-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bias", [False, True], ids=["matmul", "any-layer"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_row_losses_make_their_tensors_where_the_rows_are(name, bias, mode):
+    case = Case(bias=bias)
+    expected, _ = case.loss(LOSSES[name], accuracies=Accuracies(3))
+    with torch.device("meta"):  # where what is made without saying where would be
+        loss, result = case.loss(LOSSES[name], accuracies=Accuracies(3), chunk_rows=5, **MODES[mode])
+        loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=RTOL, atol=ATOL)
+    assert {each.device.type for each in (result.loss, result.correct, *(t.grad for t in case.wanted))} == {DEVICE}
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("weight_dtype", "matmul_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)],
+    ids=["fp32", "bf16", "bf16-to-fp32"],
+)
+def test_weight_gradient_is_the_sum_over_chunks_whatever_was_in_its_memory(
+    weight_dtype, matmul_dtype, chunks, monkeypatch
+):
+    monkeypatch.setattr(
+        host_memory, "empty", lambda _, shape, dtype, device: torch.full(shape, math.nan, dtype=dtype, device=device)
+    )
+    torch.manual_seed(0)
+    weight = torch.zeros(VOCAB, HIDDEN, dtype=weight_dtype, requires_grad=True)
+    parts = [(torch.randn(7, VOCAB, dtype=matmul_dtype), torch.randn(7, HIDDEN, dtype=matmul_dtype)) for _ in range(3)]
+    parts = parts[:chunks] or [(parts[0][0][:0], parts[0][1][:0])]
+    run, gradients = chunked_loss._Run([], None), chunked_loss._Gradients([], {id(weight): None})
+    for logits_gradient, rows in parts:
+        chunked_loss._add_weight_gradient(run, weight, logits_gradient, rows, gradients)
+    (found,) = gradients.of([weight])
+    expected = sum(logits_gradient.double().T @ rows.double() for logits_gradient, rows in parts)
+    assert found.dtype == weight_dtype
+    unrounded = torch.float32 in (matmul_dtype, weight_dtype if DEVICE == "cuda" else None)  # a GPU adds in fp32
+    assert (found - expected).norm() <= (1e-5 if unrounded else 2**-7) * expected.norm()
 
 
 @pytest.mark.parametrize("weights", ["ce", "all-terms"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
+from roofline import PEAK_BF16
 
 from axolotl_medusa.args import MedusaArgs
 
@@ -65,6 +67,11 @@ def test_a_decoding_step_costs_no_more_than_it_may():
         assert f"{worst:.2f} ({kind})" in README
 
 
+def ratio_of_memory(found: dict[str, Any]) -> float:
+    ours, reference = (found["memory_mib"][side] for side in ("ours", "reference"))
+    return (ours["peak"] - ours["runtime"]) / (reference["peak"] - reference["runtime"])
+
+
 @pytest.mark.parametrize("file", sorted(file.stem for file in RESULTS.glob("train_step*.json")))
 def test_training_step_table_is_that_of_the_committed_json(file):
     on_gpu = "gpu" in results(file)
@@ -77,11 +84,13 @@ def test_training_step_table_is_that_of_the_committed_json(file):
         peaks = [f"{memory[side]['peak'] - memory[side]['runtime']:.0f}" for side in ("ours", "reference")]
         rows = [line for line in text.splitlines() if f"| {peaks[0]} | {peaks[1]} |" in line]
         assert len(rows) == 1, name
-        assert f"| {seconds['ours']:.{digits}f} |" in rows[0] and f"| {found['memory_ratio']:.2f} |" in rows[0]
+        assert f"| {seconds['ours']:.{digits}f} |" in rows[0] and f"| {ratio_of_memory(found):.2f} |" in rows[0]
         if "speed" in found:
             assert f"| {seconds['reference']:.{digits}f} | {found['speed']:.2f} × |" in rows[0]
         if on_gpu:
-            assert f"| {found['tokens_per_s']:.0f} | {found['mfu']:.0%} |" in rows[0]
+            assert (
+                f"| {found['tokens_per_s']:.0f} | {found['gflops'] * 1e9 / PEAK_BF16['NVIDIA H200']:.0%} |" in rows[0]
+            )
 
 
 def test_time_of_gpu_kernels_is_that_of_the_committed_json():
@@ -92,9 +101,20 @@ def test_time_of_gpu_kernels_is_that_of_the_committed_json():
         ("train_step_gpu", "qwen3-8b medusa-2 separate bf16 36 layers recomputed"),
         ("train_step_gpu_liger", "qwen3-8b medusa-1 separate bf16"),
     ):
-        kernels = results(file)["steps"][name]["kernels"]
-        shown = [kernels["total_ms"], *(kernels["kinds_ms"][kind] for kind in kinds)]
+        found = results(file)["steps"][name]
+        kernels = found["kernels"]
+        shown = [1000 * found["seconds"]["ours"], kernels["total_ms"], *(kernels["kinds_ms"][kind] for kind in kinds)]
         assert "".join(f"| {milliseconds:.0f} " for milliseconds in shown) in text, name
+
+
+def test_gpu_rates_of_the_heads_loss_are_those_of_the_committed_json():
+    text = " ".join((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split())
+    separate, shared = results("train_step_gpu")["heads_loss"].values()
+    ms = [1000 * statistics.median(found["rounds_s"]["ours"]) for found in (separate, shared)]
+    tera = [found["gflops"] / 1000 for found in (separate, shared)]
+    share = [found["share"] for found in (separate, shared)]
+    assert f"takes {ms[0]:.0f} ms with separate heads, {tera[0]:.0f} TFLOP/s or {share[0]:.0%} of what" in text
+    assert f"and {ms[1]:.0f} with shared ones, {tera[1]:.0f} or {share[1]:.0%}." in text
 
 
 def test_gpu_rates_of_the_loss_paths_are_those_of_the_committed_json():
@@ -126,10 +146,18 @@ def test_readme_sentence_about_training_steps_is_that_of_the_committed_json():
             assert figure in README
         assert f"{results('train_step_avx2')['steps'][f'smollm2 medusa-1 {form} fp32']['speed']:.2f}" in README
         found = results("train_step_gpu")["steps"][f"qwen3-8b medusa-1 {form} bf16"]
-        assert f"{found['seconds']['ours']:.3f} s" in README and f"{found['speed']:.2f}" in README
+        assert (
+            f"{found['seconds']['ours']:.3f} s with\n{form}" in README
+            or f"{found['seconds']['ours']:.3f} s with {form}" in README
+        )
         assert f"({found['memory_mib']['ours']['peak']:.0f} MiB)" in README
     (found,) = results("train_step_gpu_8bit")["steps"].values()
-    assert f"{found['seconds']['ours']:.3f} s and {found['memory_mib']['ours']['peak']:.0f} MiB" in README
+    text = " ".join(README.split())
+    assert f"takes {found['seconds']['ours']:.3f} s and {found['memory_mib']['ours']['peak']:.0f} MiB" in text
+    assert (
+        f"{found['speed']:.2f} times as fast as a plain step that recomputes nothing, in {ratio_of_memory(found):.2f}"
+        in text
+    )
 
 
 def test_rates_of_the_loss_paths_are_those_of_the_committed_json():

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import roofline
 import torch
+import train_step
+import train_step_measure
 from conftest import HIDDEN, VOCAB, make_model, randomize
 from gpu_kernels import summary
 from measured_step import measured_step
@@ -292,11 +294,6 @@ def test_gpu_kernels_sum_up_by_kind_and_name_the_largest():
     assert [each["ms"] for each in found["largest"]][:3] == [70.0, 70.0, 16.0]
 
 
-def test_peak_bf16_is_known_for_the_gpus_that_were_measured_only():
-    assert roofline.peak_bf16("NVIDIA H200") == roofline.peak_bf16("NVIDIA H100 80GB HBM3") == 989.4e12
-    assert roofline.peak_bf16("NVIDIA H100 PCIe") is None and roofline.peak_bf16("NVIDIA L4") is None
-
-
 def test_train_step_measure_takes_a_whole_step_in_one_process():
     case = Case("wide", "medusa-1", "shared", "fp32", vocab=300, seq=32, heads=2)
     sides = ["--side", "ours", "--side", "reference", "--rounds", "1"]
@@ -306,6 +303,50 @@ def test_train_step_measure_takes_a_whole_step_in_one_process():
     result = json.loads(done.stdout)
     assert set(result["memory_mib"]) == set(result["rounds_s"]) - {"backbone"} == {"ours", "reference"}
     assert result["speed"] > 0 and "kernels" not in result and "mfu" not in result
+
+
+def test_measured_step_times_ours_where_both_sides_turn_out_too_large():
+    seen = []
+
+    def measure(what, case, sides=("ours",), rounds=1):
+        if what == "memory":
+            return peaks(500.0, 700.0, 1000.0) | {"available": 10000.0}
+        seen.append(sides)
+        return {"does_not_fit": True} if len(sides) == 2 else {"seconds": {"ours": 1.0}}
+
+    result = measured_step(Case("smollm2", "medusa-1", "separate", "fp32"), 1, measure)
+    assert seen == [("ours", "reference"), ("ours",)]
+    assert result["seconds"] == {"ours": 1.0} and "does_not_fit" not in result
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("shape")])
+def test_train_step_measure_says_what_does_not_fit_and_nothing_else(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train_step_measure, "step_times", fail)
+    case = Case("wide", "medusa-1", "shared", "fp32")
+    if str(error) == "shape":
+        with pytest.raises(RuntimeError, match="shape"):
+            train_step_measure.measure("time", case)
+    else:
+        assert train_step_measure.measure("time", case) == {"does_not_fit": True}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--liger"], "--liger needs --device cuda"),
+        (["--device", "cuda", "--cases", "medusa-1 shared"], "expected one NVIDIA GPU"),
+    ],
+)
+def test_train_step_script_says_what_needs_a_gpu(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *flags, "--json", str(tmp_path / "x.json")])
+    assert train_step.main() == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_train_step_script_names_what_can_be_selected(tmp_path):

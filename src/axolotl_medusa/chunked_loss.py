@@ -433,7 +433,7 @@ def _add_weight_gradient(
         kept = gradients.parameters[id(weight)] = host_memory.empty(
             "gradient", weight.shape, weight.dtype, weight.device
         )
-        is_first = kept.is_cuda
+        is_first = kept.is_cuda and rows.shape[0] > 0
         if not is_first:
             # A matmul could write the first rows' gradient. But all of a CPU's threads write zeros, while a matmul waits for
             # the kernel to map memory that nobody has written yet.
@@ -454,6 +454,6 @@ def _add_weight_gradient(
 
 
 def _adds_in_fp32(kept: Tensor, rows: Tensor) -> bool:
-    """Whether a matmul of half-precision rows can add to fp32, unrounded: cuBLAS can."""
+    """Whether a matmul of half-precision rows can add to fp32, unrounded: cuBLAS can, and PyTorch 2.11, axolotl 0.19's oldest."""
     is_half = rows.dtype in (torch.bfloat16, torch.float16)
     return rows.is_cuda and torch.version.hip is None and is_half and kept.dtype == torch.float32

@@ -1,7 +1,7 @@
 """Gradients of the losses over a vocabulary in closed form, written over the logits that they are of.
 
 Contract: pure functions of tensors; values and gradients are those of `loss.chunk_losses`, which the tests hold them to.
-On a CPU rows are worked on in blocks, whose passes over the same memory find it in the cache.
+Rows are worked on in blocks: on a CPU, whose passes over the same memory find it in the cache; elsewhere where copies are made.
 """
 
 from __future__ import annotations
@@ -252,6 +252,6 @@ def _blocks(logits: Tensor, copies: int) -> Iterator[slice]:
     rows = logits.shape[0]
     is_cpu = logits.device.type == "cpu"
     step = (_BLOCK_BYTES if is_cpu else _ACCELERATOR_BLOCK_BYTES) // (copies * logits.shape[1] * logits.element_size())
-    step = rows if not is_cpu and copies == 1 else max(step, 1)
-    for start in range(0, rows, max(step, 1)):
+    step = max(1, rows if copies == 1 and not is_cpu else step)
+    for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
