@@ -1,9 +1,10 @@
-# make demo   from nothing to served heads on a CPU       make test   all checks and tests
+# make demo   from nothing to served heads on a CPU       make test   all checks and tests, in JOBS processes
 # make lint   ruff and mypy                               make clean  removes what demo and tests made
 # make bench  speed and memory of training against a reference and this machine's matmuls (an hour; ARGS="--cases ...")
 # make test-cuda   the losses' values and gradients on a GPU, Liger's kernel included
 # make test-serving   trains, exports and serves heads in a real vLLM; generates data with it
 PYTHON ?= python3.11
+JOBS ?= 2
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
 TORCH = torch==2.13.0
 AXOLOTL = axolotl==0.19.0
@@ -19,7 +20,7 @@ bench: venv
 	.venv/bin/python benchmarks/train_step.py $(ARGS)
 
 test: venv lint
-	.venv/bin/python -m pytest -m "not vllm" $(ARGS)
+	.venv/bin/python -m pytest -m "not vllm" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-cuda: venv
 	MEDUSA_TEST_DEVICE=cuda .venv/bin/python -m pytest tests/test_chunked_loss.py tests/test_objective.py $(ARGS)

@@ -27,6 +27,14 @@ setup(
         # `axolotl-medusa evaluate --plots` and models in 8-bit or 4-bit.
         "plots": ["matplotlib"],
         "quantized": ["bitsandbytes"],
-        "dev": ["mypy==2.4.1", "pytest>=8", "deepspeed", "matplotlib", "ruff==0.17.6", "types-PyYAML"],
+        "dev": [
+            "mypy==2.4.1",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "deepspeed",
+            "matplotlib",
+            "ruff==0.17.6",
+            "types-PyYAML",
+        ],
     },
 )
