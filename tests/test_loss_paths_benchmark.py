@@ -7,6 +7,7 @@ import sys
 
 import loss_paths
 import torch
+from torch.nn import functional as F
 
 SIZES = {"--rows": "40", "--vocab": "300", "--hidden": "16", "--rounds": "1"}
 
@@ -24,6 +25,20 @@ def test_every_path_has_the_same_loss_and_gradients():
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6, msg=name)
         for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_divergence_is_the_mean_kl_from_a_fixed_distribution():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 16).requires_grad_(), torch.randn(300, 16).requires_grad_()
+    fixed_hidden, fixed_weight = loss_paths.frozen_self(hidden, weight)
+    assert not fixed_weight.requires_grad and not torch.equal(fixed_hidden, hidden)
+    log_q, p = (hidden @ weight.T).log_softmax(-1), (fixed_hidden @ fixed_weight.T).softmax(-1)
+    expected = F.kl_div(log_q, p, reduction="batchmean")
+    loss = loss_paths.divergence(hidden, weight, torch.randint(300, (40,)))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    found, gradients = (torch.autograd.grad(each, (hidden, weight)) for each in (loss, expected))
+    for ours, theirs in zip(found, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_the_script_prints_and_writes_every_path(tmp_path, monkeypatch, capsys):
