@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +13,15 @@ KINDS = {
     "attention": ("flash", "fmha", "attention"),
     "matmul": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
     "liger cross-entropy": ("liger",),
-    "optimizer": ("adam", "multi_tensor_apply", "kOptimizer", "Blockwise"),
+    "optimizer": ("adam", "multi_tensor_apply", "koptimizer", "blockwise"),
     "softmax": ("softmax",),
     "top-k": ("topk", "sort", "radix"),
     "dropout": ("dropout",),
     "reduction": ("reduce",),
-    "copy and fill": ("memcpy", "memset", "copy", "fill", "CatArray"),
+    "copy and fill": ("memcpy", "memset", "copy", "fill", "catarray"),
     "elementwise": ("elementwise",),
 }
-"""Kinds of kernels by parts of their names; the first that fits counts."""
+"""Kinds of kernels by parts of their names in lower case; the first that fits counts."""
 
 LARGEST = 12
 
@@ -28,7 +29,7 @@ LARGEST = 12
 def kind_of(kernel: str) -> str:
     """The kind of a kernel, `other` for unknown ones."""
     name = kernel.lower()
-    return next((kind for kind, parts in KINDS.items() if any(part.lower() in name for part in parts)), "other")
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
 
 
 def gpu_kernels(work: Callable[[], object]) -> dict[str, Any]:
@@ -42,9 +43,9 @@ def gpu_kernels(work: Callable[[], object]) -> dict[str, Any]:
 
 def summary(kernels: list[tuple[str, float, int]]) -> dict[str, Any]:
     """Sums by kind, and the largest; each kernel is a name, milliseconds and a count."""
-    kinds: dict[str, float] = {}
+    kinds: dict[str, float] = defaultdict(float)
     for name, milliseconds, _ in kernels:
-        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + milliseconds
+        kinds[kind_of(name)] += milliseconds
     ordered = sorted(kernels, key=lambda kernel: -kernel[1])[:LARGEST]
     return {
         "total_ms": round(sum(kinds.values()), 2),

@@ -61,10 +61,9 @@ class GpuMemory:
     """Memory of the current GPU that tensors of this process hold."""
 
     def __init__(self) -> None:
+        # At its first matmul cuBLAS takes a workspace from the same allocator: from here on it is there.
         square = torch.ones(8, 8, device="cuda")
-        torch.mm(
-            square, square
-        )  # cuBLAS takes its workspace from the same allocator; with `used` it is there from the start
+        torch.mm(square, square)
 
     def available(self) -> float:
         """As the driver says, of this and all other processes."""

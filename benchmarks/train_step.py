@@ -60,7 +60,7 @@ def measure(what: str, case: Case, sides: tuple[Side, ...] = ("ours",), rounds: 
 def measure_step(case: Case, rounds: int) -> Result:
     """Memory and times of both sides, on a CPU each in a process of its own; a GPU's allocator tells them apart in one."""
     if case.device == "cuda":
-        return measure("step", case, SIDES, rounds)
+        return measure("step", case, (), rounds)
     return measured_step(case, rounds, measure)
 
 

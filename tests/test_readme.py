@@ -15,6 +15,7 @@ from axolotl_medusa.args import MedusaArgs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
 TRAIN_STEPS = sorted(file.stem for file in RESULTS.glob("train_step*.json"))
 
@@ -77,13 +78,12 @@ def ratio_of_memory(found: dict[str, Any]) -> float:
 def test_training_step_table_is_that_of_the_committed_json(file):
     on_gpu = "gpu" in results(file)
     digits = 3 if on_gpu else 2
-    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     for name, found in results(file)["steps"].items():
         if "does_not_fit" in found:
             continue
         seconds, memory = found["seconds"], found["memory_mib"]
         peaks = [f"{memory[side]['peak'] - memory[side]['runtime']:.0f}" for side in ("ours", "reference")]
-        rows = [line for line in text.splitlines() if f"| {peaks[0]} | {peaks[1]} |" in line]
+        rows = [line for line in BENCHMARKS.splitlines() if f"| {peaks[0]} | {peaks[1]} |" in line]
         assert len(rows) == 1, name
         assert f"| {seconds['ours']:.{digits}f} |" in rows[0] and f"| {ratio_of_memory(found):.2f} |" in rows[0]
         if "speed" in found:
@@ -95,7 +95,6 @@ def test_training_step_table_is_that_of_the_committed_json(file):
 
 
 def test_time_of_gpu_kernels_is_that_of_the_committed_json():
-    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     kinds = ("matmul", "elementwise", "attention", "optimizer", "copy and fill", "reduction")
     for file, name in (
         ("train_step_gpu", "qwen3-8b medusa-1 separate bf16"),
@@ -105,11 +104,11 @@ def test_time_of_gpu_kernels_is_that_of_the_committed_json():
         found = results(file)["steps"][name]
         kernels = found["kernels"]
         shown = [1000 * found["seconds"]["ours"], kernels["total_ms"], *(kernels["kinds_ms"][kind] for kind in kinds)]
-        assert "".join(f"| {milliseconds:.0f} " for milliseconds in shown) in text, name
+        assert "".join(f"| {milliseconds:.0f} " for milliseconds in shown) in BENCHMARKS, name
 
 
 def test_gpu_rates_of_the_heads_loss_are_those_of_the_committed_json():
-    text = " ".join((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split())
+    text = " ".join(BENCHMARKS.split())
     separate, shared = results("train_step_gpu")["heads_loss"].values()
     ms = [1000 * statistics.median(found["rounds_s"]["ours"]) for found in (separate, shared)]
     tera = [found["gflops"] / 1000 for found in (separate, shared)]
@@ -120,12 +119,11 @@ def test_gpu_rates_of_the_heads_loss_are_those_of_the_committed_json():
 
 def test_gpu_rates_of_the_loss_paths_are_those_of_the_committed_json():
     rates = results("loss_paths_gpu")
-    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     for name in rates["bf16"]:
         cells = (
             f"{rates[kind][name]['gflops'] / 1000:.0f} | {rates[kind][name]['mib']:.0f}" for kind in ("bf16", "fp32")
         )
-        assert f"| {' | '.join(cells)} |" in text, name
+        assert f"| {' | '.join(cells)} |" in BENCHMARKS, name
 
 
 def test_training_step_bounds_hold_but_for_medusa2s_memory_with_nothing_recomputed():
@@ -158,24 +156,22 @@ def test_readme_sentence_about_training_steps_is_that_of_the_committed_json():
 
 def test_rates_of_the_loss_paths_are_those_of_the_committed_json():
     rates = results("loss_paths")
-    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     for name in (
         "ours",
         "ours, recomputed",
         "plain",
         *(f"linear_cross_entropy, accurate, {rows} rows" for rows in (256, 1024)),
     ):
-        assert f"| {rates['fp32'][name]['gflops']:.0f} | {rates['bf16'][name]['gflops']:.0f} |" in text, name
-    assert f"| {rates['fp32']['linear_cross_entropy']['gflops']:.0f} | not run |" in text
+        assert f"| {rates['fp32'][name]['gflops']:.0f} | {rates['bf16'][name]['gflops']:.0f} |" in BENCHMARKS, name
+    assert f"| {rates['fp32']['linear_cross_entropy']['gflops']:.0f} | not run |" in BENCHMARKS
 
 
 def test_head_study_table_is_that_of_the_committed_json():
-    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     runs = results("head_study")["runs"]
     assert len(runs) == 8
     for run in runs:
         row = f"| {run['form']} | {run['head_loss']} | {run['num_heads']} | {run['step_s']:.2f} | {run['steps']} |"
-        assert f"{row} {run['acceptance_length']:.3f} |" in text
+        assert f"{row} {run['acceptance_length']:.3f} |" in BENCHMARKS
 
 
 def test_results_of_the_quality_check_are_those_the_results_readme_names():

@@ -253,11 +253,11 @@ class _Run:
     def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory of a shape that every chunk uses again."""
         size = math.prod(shape)
-        kept = self._buffers.get((name, dtype))
+        kept = self._buffers.pop((name, dtype), None)
         if kept is None or kept.numel() < size:
-            kept = None
-            self._buffers.pop((name, dtype), None)  # so that its memory may be lent again, or given up for more
-            kept = self._buffers[name, dtype] = host_memory.empty(name, [size], dtype, device)
+            del kept  # so that its memory may be lent again, or given up for more
+            kept = host_memory.empty(name, [size], dtype, device)
+        self._buffers[name, dtype] = kept
         return kept[:size].view(*shape)
 
     def weight(self, layer: OutputLayer) -> Tensor:
@@ -428,32 +428,34 @@ def _add_weight_gradient(
     run: _Run, weight: Tensor, logits_gradient: Tensor, rows: Tensor, gradients: _Gradients
 ) -> None:
     """Adds `logits_gradient.T @ rows` to the weight's gradient: in place where a matmul can write its type, else in parts."""
-    kept, is_first = gradients.parameters[id(weight)], False
+    kept, beta = gradients.parameters[id(weight)], 1
+    in_place = _can_add_to(weight.dtype, rows)
     if kept is None:
         kept = gradients.parameters[id(weight)] = host_memory.empty(
             "gradient", weight.shape, weight.dtype, weight.device
         )
-        is_first = kept.is_cuda and rows.shape[0] > 0
-        if not is_first:
-            # A matmul could write the first rows' gradient. But all of a CPU's threads write zeros, while a matmul waits for
-            # the kernel to map memory that nobody has written yet.
+        if in_place and rows.is_cuda and rows.shape[0]:
+            beta = 0  # the matmul writes over what is there
+        else:  # also on CPUs: all threads write zeros, while a matmul waits for the kernel to map memory
             kept.zero_()
-    beta = 0 if is_first else 1
-    if kept.dtype == rows.dtype:
+    if in_place and kept.dtype == rows.dtype:
         kept.addmm_(logits_gradient.T, rows, beta=beta)
-    elif _adds_in_fp32(kept, rows):
-        torch.addmm(kept, logits_gradient.T, rows, beta=beta, out_dtype=torch.float32, out=kept)
+    elif in_place:
+        torch.addmm(kept, logits_gradient.T, rows, beta=beta, out_dtype=kept.dtype, out=kept)
     else:
         step = max(1, CONVERTED_ELEMENTS // kept.shape[1])
-        for of_tokens, of_logits in zip(
+        for of_tokens, part_of_logits in zip(
             torch.split(kept, step), torch.split(logits_gradient, step, dim=1), strict=True
         ):
             part = run.buffer("weight gradient", of_tokens.shape, rows.dtype, rows.device)
-            torch.mm(of_logits.T, rows, out=part)
-            torch.add(of_tokens.zero_() if is_first else of_tokens, part, out=of_tokens)
+            torch.mm(part_of_logits.T, rows, out=part)
+            of_tokens += part
 
 
-def _adds_in_fp32(kept: Tensor, rows: Tensor) -> bool:
-    """Whether a matmul of half-precision rows can add to fp32, unrounded: cuBLAS can, and PyTorch 2.11, axolotl 0.19's oldest."""
+def _can_add_to(dtype: torch.dtype, rows: Tensor) -> bool:
+    """Whether a matmul of `rows` can add to a gradient of a type: its own, and fp32, unrounded, where cuBLAS multiplies halves.
+
+    PyTorch 2.11, axolotl 0.19's oldest, has that matmul.
+    """
     is_half = rows.dtype in (torch.bfloat16, torch.float16)
-    return rows.is_cuda and torch.version.hip is None and is_half and kept.dtype == torch.float32
+    return dtype == rows.dtype or (dtype == torch.float32 and is_half and rows.is_cuda and torch.version.hip is None)

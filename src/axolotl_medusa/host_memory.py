@@ -47,11 +47,6 @@ class _Pool:
         self._blocks: list[_Block] = []
         self._lock = threading.Lock()
 
-    @property
-    def size(self) -> int:
-        """Bytes of all blocks."""
-        return sum(block.size for block in self._blocks)
-
     def lend(self, size: int) -> Tensor:
         """Uninitialised bytes, `[size]`: of the smallest free block that is large enough, else of a new one.
 
@@ -83,8 +78,3 @@ def empty(use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.devi
     if device.type != "cpu" or size < _SMALLEST:
         return torch.empty(*shape, dtype=dtype, device=device)
     return _POOLS.setdefault(use, _Pool()).lend(size).view(dtype).view(*shape)
-
-
-def kept_bytes() -> int:
-    """All memory that is kept now, lent or free."""
-    return sum(pool.size for pool in _POOLS.values())
