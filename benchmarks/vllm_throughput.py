@@ -1,6 +1,6 @@
 """What of vLLM's own speed arrives through generate.py: tokens/s through a server against vLLM's offline batch.
 
-    python benchmarks/vllm_throughput.py [--prompts 200] [--max_tokens 128] [--repeats 3] [--out FILE]
+    python -m benchmarks.vllm_throughput [--prompts 200] [--max_tokens 128] [--repeats 3] [--out FILE]
 
 Both sides answer the same prompts greedily with the same engine settings, in turns and never at a time, each repeat in
 a fresh process that first answers a few other prompts. Needs `make venv-vllm` and the model of `make demo`. The offline
@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from demo import MODEL, WORK
-from machine import write_result
-from model_server import ENVIRONMENT, ROOT, VLLM_PYTHON, half_precision, server
+from benchmarks.machine import write_result
+from demo.__main__ import MODEL, WORK
+from demo.model_server import ENVIRONMENT, ROOT, VLLM_PYTHON, half_precision, server
 
 COMMAND = ROOT / "data_generation" / "generate.py"
 PROMPTS = ROOT / "data_generation" / "prompts.jsonl"
@@ -59,7 +59,7 @@ def offline(prompts: int, max_tokens: int, out: Path) -> None:
 def measure_offline(args: argparse.Namespace, directory: Path) -> dict[str, float]:
     """Runs `offline` in vLLM's environment."""
     out = directory / "offline.json"
-    command = [str(VLLM_PYTHON), __file__, "--offline", str(out)]
+    command = [str(VLLM_PYTHON), "-m", "benchmarks.vllm_throughput", "--offline", str(out)]
     command += ["--prompts", str(args.prompts), "--max_tokens", str(args.max_tokens)]
     subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT}, stdout=sys.stderr)
     measured: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from reprlib import repr as shorten
 
-from command_line import flag, parse_flags, speaker
-from conversation_rows import ConversationRow, dump_row, parse_conversation
-from file_command import check_paths, run_command, write_whole
-from prompt_files import InputError, id_key, parse_json
-from raw_rows import ARCHIVES
+from parts.command_line import flag, parse_flags, speaker
+from parts.conversation_rows import ConversationRow, dump_row, parse_conversation
+from parts.file_command import check_paths, run_command, write_whole
+from parts.prompt_files import InputError, id_key, parse_json
+from parts.raw_rows import ARCHIVES
 
 say = speaker(__file__)
 SUFFIX_DIGITS = 8

@@ -13,14 +13,14 @@ from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
 
-from chat_template import ChatTemplate
-from command_line import flag, parse_flags, speaker
-from conversation_rows import dump_row, format_turns
-from file_command import check_paths, run_command, write_whole
-from json_lines import JsonLines
-from prompt_files import InputError, Turn, parse_id, parse_json
-from raw_rows import ARCHIVES, read_array, read_lines
-from turn_reader import SplitText
+from parts.chat_template import ChatTemplate
+from parts.command_line import flag, parse_flags, speaker
+from parts.conversation_rows import dump_row, format_turns
+from parts.file_command import check_paths, run_command, write_whole
+from parts.json_lines import JsonLines
+from parts.prompt_files import InputError, Turn, parse_id, parse_json
+from parts.raw_rows import ARCHIVES, read_array, read_lines
+from parts.turn_reader import SplitText
 
 say = speaker(__file__)
 

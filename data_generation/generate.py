@@ -16,11 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from chat_server import DEFAULT_API_KEY_ENV, ChatServer, RowError, ServerError, read_api_key
-from chat_template import ChatTemplate
-from command_line import flag, number, parse_flags, speaker
-from conversation_files import OutputFiles, prompt_key
-from conversations import (
+from parts.chat_server import DEFAULT_API_KEY_ENV, ChatServer, RowError, ServerError, read_api_key
+from parts.chat_template import ChatTemplate
+from parts.command_line import flag, number, parse_flags, speaker
+from parts.conversation_files import OutputFiles, prompt_key
+from parts.conversations import (
     Conversation,
     Recipe,
     Skipped,
@@ -30,8 +30,8 @@ from conversations import (
     settle_user_turns,
     write_from_scratch,
 )
-from prompt_files import InputError, Row, check_rows, id_key, read_rows
-from server_pool import ServerPool, Stopped
+from parts.prompt_files import InputError, Row, check_rows, id_key, read_rows
+from parts.server_pool import ServerPool, Stopped
 
 DEFAULT_SERVER = "http://127.0.0.1:8000/v1"
 say = speaker(__file__)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from command_line import flag, number, parse_flags, speaker
-from conversation_rows import parse_conversation
-from file_command import check_paths, run_command, write_whole
-from prompt_files import InputError, id_key
-from raw_rows import open_bytes
+from parts.command_line import flag, number, parse_flags, speaker
+from parts.conversation_rows import parse_conversation
+from parts.file_command import check_paths, run_command, write_whole
+from parts.prompt_files import InputError, id_key
+from parts.raw_rows import open_bytes
 
 say = speaker(__file__)
 TRAIN, EVAL, REMOVED, BLANK = range(4)

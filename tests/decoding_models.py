@@ -6,7 +6,8 @@ import torch
 from conftest import HIDDEN, VOCAB, make_model, randomize
 from torch import Tensor
 
-from axolotl_medusa.heads import MedusaHeads, backbone
+from axolotl_medusa.model.anatomy import backbone
+from axolotl_medusa.model.heads import MedusaHeads
 
 RAGGED = (0, 3, 8, 5)
 """Left padding of the four prompts of `prompts`."""

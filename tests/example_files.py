@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from axolotl_medusa.args import RENAMED_BY_AXOLOTL, MedusaArgs, renamed_key_hints
+from axolotl_medusa.training.args import RENAMED_BY_AXOLOTL, MedusaArgs, renamed_key_hints
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "medusa"

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from training_outputs import as_if_trained, save_base, write_run
 
-from axolotl_medusa.export import export
-from axolotl_medusa.sources import Source, find_source
+from axolotl_medusa.model.sources import Source, find_source
+from axolotl_medusa.serving.export import export
 
 FORMS = {
     "vllm": ("shared", "separate"),

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from axolotl_medusa.heads import MedusaHeads, backbone, logit_transform, output_embedding
+from axolotl_medusa.model.anatomy import backbone, logit_transform, output_embedding
+from axolotl_medusa.model.heads import MedusaHeads
 
 Accepts = Callable[[Tensor, int], bool]
 """Whether a draft token is accepted, given the target's logits before it."""

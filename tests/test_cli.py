@@ -42,10 +42,10 @@ def calls(monkeypatch):
 
         return call
 
-    monkeypatch.setattr("axolotl_medusa.sources.find_source", recorded("find_source", "the source"))
-    monkeypatch.setattr("axolotl_medusa.export.export", recorded("export"))
-    monkeypatch.setattr("axolotl_medusa.import_heads.import_heads", recorded("import", ["one block, repeated"]))
-    monkeypatch.setattr("axolotl_medusa.push.push", recorded("push", "https://hub.invalid/me/heads"))
+    monkeypatch.setattr("axolotl_medusa.model.sources.find_source", recorded("find_source", "the source"))
+    monkeypatch.setattr("axolotl_medusa.serving.export.export", recorded("export"))
+    monkeypatch.setattr("axolotl_medusa.serving.import_heads.import_heads", recorded("import", ["one block, repeated"]))
+    monkeypatch.setattr("axolotl_medusa.serving.push.push", recorded("push", "https://hub.invalid/me/heads"))
     return made
 
 
@@ -196,7 +196,7 @@ def test_installed_command_is_the_same_function():
 def test_parsing_needs_nothing_large():
     code = "import sys; from axolotl_medusa.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "axolotl_medusa.formats" in loaded
+    assert "axolotl_medusa.serving.formats" in loaded
     assert not {"torch", "transformers", "safetensors", "axolotl", "peft", "huggingface_hub"} & set(loaded)
 
 

@@ -1,4 +1,4 @@
-"""Which module imports which: dependencies point one way, and only the plugin and the trainer need axolotl."""
+"""Which room may import which: dependencies point one way, and only the training room needs axolotl."""
 
 from __future__ import annotations
 
@@ -13,102 +13,21 @@ import pytest
 import axolotl_medusa
 
 PACKAGE = Path(axolotl_medusa.__file__).parent
-EVERY = {
-    "acceptance",
-    "args",
-    "backbone",
-    "calibration",
-    "chat",
-    "chat_prompts",
-    "checkpoint",
-    "cli_decoding",
-    "compiled",
-    "data",
-    "decoding",
-    "errors",
-    "evaluate",
-    "export",
-    "formats",
-    "generate",
-    "heads",
-    "hidden_cache",
-    "import_heads",
-    "load_decoder",
-    "load_target",
-    "lora",
-    "loss",
-    "model_card",
-    "objective",
-    "plain_decoding",
-    "plots",
-    "plugin",
-    "push",
-    "quality",
-    "race",
-    "sources",
-    "step_times",
-    "tensor_files",
-    "trainer",
-    "training_plots",
-    "tree",
-    "tree_attention",
-    "tree_search",
-    "tree_tuning",
-    "verify_export",
-}
 MAY_IMPORT = {
-    "__init__": {"plugin"},
-    "args": set(),
-    "errors": set(),
-    "processor": set(),
-    "heads": set(),
-    "loss": set(),
-    "data": set(),
-    "tree": set(),
-    "closed_form": {"loss"},
-    "host_memory": set(),
-    "chunked_loss": {"closed_form", "host_memory", "loss", "processor"},
-    "objective": {"chunked_loss", "closed_form", "heads", "loss"},
-    "checkpoint": {"heads", "tensor_files"},
-    "hidden_cache": {"checkpoint", "heads", "loss", "tensor_files"},
-    "trainer": {"args", "checkpoint", "chunked_loss", "data", "heads", "hidden_cache", "loss", "objective"},
-    "plugin": {"args", "checkpoint", "data", "heads", "objective", "trainer"},
-    "tensor_files": set(),
-    "formats": set(),
-    "sources": {"checkpoint", "heads", "tensor_files"},
-    "lora": {"sources", "tensor_files"},
-    "backbone": {"lora", "sources", "tensor_files"},
-    "import_heads": {"backbone", "checkpoint", "formats", "heads", "sources", "tensor_files"},
-    "model_card": set(),
-    "verify_export": {"heads"},
-    "export": {"backbone", "checkpoint", "formats", "model_card", "sources", "tensor_files", "verify_export"},
-    "push": set(),
-    "tree_search": {"tree"},
-    "acceptance": {"tree"},
-    "compiled": {"errors", "heads"},
-    "tree_attention": {"acceptance", "compiled", "errors", "heads", "tree"},
-    "decoding": {"acceptance", "compiled", "tree", "tree_attention"},
-    "load_target": {"backbone", "checkpoint", "errors", "heads", "sources"},
-    "generate": {"acceptance", "compiled", "decoding", "heads", "load_target", "tree", "tree_attention"},
-    "chat_prompts": set(),
-    "plots": set(),
-    "training_plots": {"plots"},
-    "quality": {"heads"},
-    "plain_decoding": {"heads"},
-    "load_decoder": {"errors", "generate", "sources"},
-    "chat": {"chat_prompts", "decoding", "generate", "tree"},
-    "race": {"generate", "heads", "plain_decoding", "step_times", "tree"},
-    "step_times": {"generate", "heads", "plain_decoding", "tree"},
-    "calibration": {"generate", "heads", "tree", "tree_search"},
-    "evaluate": {"calibration", "decoding", "generate", "heads", "plain_decoding", "processor", "step_times", "tree"},
-    "tree_tuning": {"calibration", "evaluate", "generate", "step_times", "tree", "tree_search"},
-    "cli_decoding": EVERY,
-    "cli": EVERY,
-    "__main__": {"cli"},
+    "model": set(),
+    "losses": set(),
+    "serving": {"model"},
+    "decoding": {"model"},
+    "training": {"losses", "model"},
+    "measuring": {"decoding", "model"},
+    "terminal": {"decoding", "measuring", "model"},
 }
-"""What each module may import of ours, inside functions too. Nothing but `__main__` may import `cli`."""
+"""What the modules of a room may import of ours, inside functions too: their own room and these."""
 
-USES_AXOLOTL = {"plugin", "trainer"}
+FOR_ALL = {"errors", "processor"}
+"""Modules beside the rooms that know nothing of ours; every room may import them."""
+
+USES_AXOLOTL = {"training.plugin", "training.saving", "training.trainable", "training.trainer"}
 LAZY = {"__init__", "cli"}
 """Modules that import ours only inside functions."""
 
@@ -116,24 +35,33 @@ INSTALLED = {"pydantic", "safetensors", "torch", "transformers"}
 """What `install_requires` brings; anything else must be imported where it is used."""
 
 STAYS_LIGHT = {
-    "args",
-    "chat_prompts",
-    "data",
-    "formats",
-    "model_card",
-    "plots",
+    "decoding.tree",
+    "errors",
+    "measuring.plots",
+    "measuring.training_plots",
+    "measuring.tree_search",
+    "model.file_names",
     "processor",
-    "push",
-    "training_plots",
-    "tree",
-    "tree_search",
+    "serving.formats",
+    "serving.model_card",
+    "serving.push",
+    "terminal.prompts",
+    "training.args",
+    "training.datasets",
+    "training.schedule",
 }
 """Modules that import neither torch nor transformers when they are imported."""
+
+MODULES = sorted(
+    str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".")
+    for path in PACKAGE.rglob("*.py")
+    if path.parent == PACKAGE or path.name != "__init__.py"
+)
 
 
 def imports(module: str, *, at_import: bool = False) -> Iterator[str]:
     """Full names that a module of ours imports; `at_import`: only those that run when it is imported."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     nodes = list(ast.walk(tree))
     if at_import:
         later = [
@@ -152,27 +80,44 @@ def imports(module: str, *, at_import: bool = False) -> Iterator[str]:
             yield from (f"{source}.{alias.name}" for alias in node.names)
 
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-
-
 def ours(module: str, **options: bool) -> set[str]:
-    names = {name.split(".")[1] for name in imports(module, **options) if name.startswith("axolotl_medusa.")}
-    return names & ({*MODULES} - {"__init__"})
+    """Modules of ours that a module imports, as `room.module`."""
+    found = set()
+    for name in imports(module, **options):
+        parts = name.removeprefix("axolotl_medusa.").split(".")
+        if name.startswith("axolotl_medusa."):
+            found |= {".".join(parts[:length]) for length in (1, 2)} & set(MODULES)
+    return found - {"__init__"}
 
 
-def test_every_module_has_its_place_in_the_layout():
-    assert set(MODULES) <= set(MAY_IMPORT)
-    assert {"args", "plugin", "heads", "loss", "objective", "trainer", "checkpoint", "data"} <= set(MODULES)
+def room(module: str) -> str:
+    """The room of a module, empty for those beside the rooms."""
+    return module.rpartition(".")[0]
+
+
+def test_every_module_is_in_a_room_one_level_deep():
+    assert {room(module) for module in MODULES} == {"", *MAY_IMPORT}
+    assert {module for module in MODULES if not room(module)} == {"__init__", "__main__", "cli"} | FOR_ALL
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module)])
+def test_module_imports_of_ours_only_what_its_room_may(module):
+    allowed = {room(module), *MAY_IMPORT[room(module)]}
+    assert {room(name) or name for name in ours(module)} <= allowed | FOR_ALL
+
+
+@pytest.mark.parametrize("module", sorted(FOR_ALL))
+def test_module_that_every_room_may_import_knows_nothing_of_ours(module):
+    assert not ours(module)
+
+
+@pytest.mark.parametrize("module", sorted(LAZY))
+def test_command_and_package_import_ours_inside_functions(module):
+    assert not ours(module, at_import=True)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_module_imports_of_ours_only_what_the_layout_says(module):
-    assert ours(module) <= MAY_IMPORT[module]
-    assert not (module in LAZY and ours(module, at_import=True))
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_module_imports_axolotl_only_in_plugin_and_trainer(module):
+def test_module_imports_axolotl_only_in_the_training_room(module):
     uses_axolotl = any(name.split(".")[0] == "axolotl" for name in imports(module))
     assert uses_axolotl == (module in USES_AXOLOTL)
 
@@ -200,7 +145,7 @@ def run(code: str) -> str:
     return result.stdout
 
 
-def test_modules_other_than_plugin_and_trainer_work_without_axolotl():
+def test_modules_outside_the_training_room_work_without_axolotl():
     modules = [name for name in MODULES if name not in (*USES_AXOLOTL, "__init__", "__main__")]
     output = run(
         f"""
@@ -215,10 +160,10 @@ sys.meta_path.insert(0, Blocker())
 import axolotl_medusa
 for name in {modules}:
     importlib.import_module("axolotl_medusa." + name)
+from axolotl_medusa import MedusaHeads, MedusaModel
 assert "axolotl" not in sys.modules
-from axolotl_medusa.heads import MedusaHeads
 import torch
-print(MedusaHeads(4, 8, 2).hidden(0, torch.ones(1, 4)).tolist())
+print(MedusaHeads(4, 8, 2).hidden(0, torch.ones(1, 4)).tolist(), MedusaModel.__name__)
 try:
     axolotl_medusa.MedusaPlugin
 except RuntimeError as error:
@@ -226,7 +171,7 @@ except RuntimeError as error:
 """
     )
     hidden, error = output.splitlines()
-    assert hidden == "[[1.0, 1.0, 1.0, 1.0]]"
+    assert hidden == "[[1.0, 1.0, 1.0, 1.0]] MedusaModel"
     assert error.startswith(
         "axolotl_medusa.MedusaPlugin cannot be imported, check the environment: No module named axolotl"
     )
@@ -238,10 +183,16 @@ def test_importing_the_package_alone_loads_nothing_large():
     assert not {"axolotl", "peft", "pydantic", "safetensors", "torch", "transformers"} & set(loaded)
 
 
+def test_public_names_are_those_that_the_package_lists():
+    assert set(axolotl_medusa.__all__) <= set(dir(axolotl_medusa))
+    for name in axolotl_medusa.__all__:
+        assert getattr(axolotl_medusa, name) is not None
+
+
 @pytest.fixture
 def broken_plugin(monkeypatch):
-    monkeypatch.setitem(sys.modules, "axolotl_medusa.plugin", None)  # importing it raises ImportError
-    monkeypatch.delattr(axolotl_medusa, "plugin", raising=False)
+    monkeypatch.setitem(sys.modules, "axolotl_medusa.training.plugin", None)  # importing it raises ImportError
+    monkeypatch.delattr(axolotl_medusa.training, "plugin", raising=False)
 
 
 def test_plugin_that_cannot_be_imported_is_a_runtime_error(broken_plugin):

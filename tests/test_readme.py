@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from roofline import PEAK_BF16
+from benchmarks.train_step.roofline import PEAK_BF16
 
-from axolotl_medusa.args import MedusaArgs
+from axolotl_medusa.training.args import MedusaArgs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

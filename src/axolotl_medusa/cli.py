@@ -34,7 +34,7 @@ class Command(NamedTuple):
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    from axolotl_medusa.formats import TARGETS
+    from axolotl_medusa.serving.formats import TARGETS
 
     parser.add_argument("source", metavar="OUTPUT_DIR", help="an output_dir, a checkpoint in it, or a medusa_heads")
     parser.add_argument("--to", required=True, choices=list(TARGETS), metavar="TARGET", help=", ".join(TARGETS))
@@ -50,8 +50,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from axolotl_medusa.export import export
-    from axolotl_medusa.sources import find_source
+    from axolotl_medusa.model.sources import find_source
+    from axolotl_medusa.serving.export import export
 
     source = find_source(options.source, options.base_model)
     export(source, options.to, options.out, backbone=options.backbone, verify=not options.no_verify)
@@ -68,7 +68,7 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from axolotl_medusa.import_heads import import_heads
+    from axolotl_medusa.serving.import_heads import import_heads
 
     for note in import_heads(options.source, options.out, options.base_model):
         print(note)
@@ -82,7 +82,7 @@ def _push_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
-    from axolotl_medusa.push import push
+    from axolotl_medusa.serving.push import push
 
     print(push(options.directory, options.repo, private=options.private))
 
@@ -139,13 +139,13 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from axolotl_medusa.cli_decoding import run_evaluate
+    from axolotl_medusa.terminal.commands import run_evaluate
 
     run_evaluate(options)
 
 
 def _tree_arguments(parser: argparse.ArgumentParser) -> None:
-    from axolotl_medusa.tree import DEFAULT_NODES
+    from axolotl_medusa.decoding.tree import DEFAULT_NODES
 
     _decoding_arguments(parser, max_new_tokens=128)
     parser.add_argument("--calibration", required=True, metavar="FILE", help="JSONL: id, prompt or messages")
@@ -157,7 +157,7 @@ def _tree_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _tree(options: argparse.Namespace) -> None:
-    from axolotl_medusa.cli_decoding import run_tree
+    from axolotl_medusa.terminal.commands import run_tree
 
     run_tree(options)
 
@@ -177,13 +177,13 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from axolotl_medusa.cli_decoding import run_generate
+    from axolotl_medusa.terminal.commands import run_generate
 
     run_generate(options)
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from axolotl_medusa.cli_decoding import run_chat
+    from axolotl_medusa.terminal.commands import run_chat
 
     run_chat(options)
 
@@ -196,7 +196,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from axolotl_medusa.cli_decoding import run_demo
+    from axolotl_medusa.terminal.commands import run_demo
 
     run_demo(options)
 
@@ -207,7 +207,7 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from axolotl_medusa.training_plots import write_training_plots
+    from axolotl_medusa.measuring.training_plots import write_training_plots
 
     for file in write_training_plots(options.output_dir, options.out or options.output_dir):
         print(f"plot: {file}")

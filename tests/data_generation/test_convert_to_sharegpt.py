@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import convert_to_sharegpt
-from chat_template import ChatTemplate
+from parts.chat_template import ChatTemplate
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "data" / "chat_templates" / "chatml_default_system.jinja"
 

@@ -13,8 +13,8 @@ import pytest
 from planned_server import DROP, HANG, SLOW, WAIT_S, FakeServer, Fault, Workdir, completion, fault, turns
 
 import generate
-import prompt_files
-from command_line import parse_flags
+from parts import prompt_files
+from parts.command_line import parse_flags
 
 SCRIPT = Path(generate.__file__)
 SYSTEM = {"role": "system", "content": "Be kind."}

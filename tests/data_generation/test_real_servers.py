@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import demo
-import model_server
 import pytest
+from demo import __main__ as demo
+from demo import model_server
+from demo.smollm2 import unpacked
 from killed_runs import KilledRun, Moment
-from smollm2 import unpacked
 from transformers import AutoTokenizer
 
-from conversations import IGNORED_LABEL, USER_MAX_TOKENS
+from parts.conversations import IGNORED_LABEL, USER_MAX_TOKENS
 
 PROMPTS = Path(__file__).parents[2] / "data_generation" / "prompts.jsonl"
 SEED = 5

@@ -21,7 +21,7 @@ PRELOAD = [
     "axolotl.cli.config",
     "axolotl.train",
     "axolotl.core.builders",
-    "axolotl_medusa.plugin",
+    "axolotl_medusa.training.plugin",
     "bitsandbytes",
     "torchao.optim",
 ]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(tmp_path_factory) -> Path:
     """The tokenizer of SmolLM2, from the package that carries it."""
-    from smollm2 import EOS, PAD, gguf_file
+    from demo.smollm2 import EOS, PAD, gguf_file
 
     source = gguf_file()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)

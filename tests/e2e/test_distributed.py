@@ -12,7 +12,7 @@ import pytest
 import torch
 from axolotl_process import TIMEOUT_S, log_history
 
-from axolotl_medusa.checkpoint import read_heads
+from axolotl_medusa.model.heads_directory import read_heads
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 

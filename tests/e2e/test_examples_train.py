@@ -15,7 +15,7 @@ from example_files import BIG, ROOT, load
 from example_tokenizers import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from axolotl_medusa.checkpoint import read_heads
+from axolotl_medusa.model.heads_directory import read_heads
 
 pytestmark = pytest.mark.usefixtures("no_network")
 

@@ -12,7 +12,7 @@ from conftest import make_model
 from example_files import old_yaml, with_hints_applied
 from transformers import LlamaTokenizer
 
-from axolotl_medusa.checkpoint import read_heads
+from axolotl_medusa.model.heads_directory import read_heads
 
 pytestmark = pytest.mark.e2e
 

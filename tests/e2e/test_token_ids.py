@@ -9,7 +9,7 @@ import pytest
 from datasets import load_from_disk
 from planned_server import FakeServer, Workdir, turns
 
-from axolotl_medusa.checkpoint import read_heads
+from axolotl_medusa.model.heads_directory import read_heads
 
 pytestmark = pytest.mark.e2e
 

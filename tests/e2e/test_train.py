@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from axolotl_medusa.checkpoint import read_heads
-from axolotl_medusa.heads import MedusaHeads
+from axolotl_medusa.model.heads import MedusaHeads
+from axolotl_medusa.model.heads_directory import read_heads
 
 pytestmark = pytest.mark.e2e
 

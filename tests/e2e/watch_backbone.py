@@ -9,7 +9,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from axolotl_medusa.heads import backbone
+from axolotl_medusa.model.anatomy import backbone
 
 
 class WatchBackbonePlugin(BasePlugin):

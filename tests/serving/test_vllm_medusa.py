@@ -14,16 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import demo
-import model_server
 import pytest
 import torch
 import yaml
-from smollm2 import unpacked
+from demo import __main__ as demo
+from demo import model_server
+from demo.smollm2 import unpacked
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from axolotl_medusa.checkpoint import read_heads
-from axolotl_medusa.heads import MedusaHeads
+from axolotl_medusa.model.heads import MedusaHeads
+from axolotl_medusa.model.heads_directory import read_heads
 
 pytestmark = pytest.mark.vllm
 

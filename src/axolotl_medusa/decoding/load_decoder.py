@@ -1,0 +1,122 @@
+"""Loads heads, their model and its tokenizer as the commands name them.
+
+Contract: knows files and loaders; nothing about decoding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from axolotl_medusa.decoding.medusa_model import MedusaModel
+from axolotl_medusa.errors import first_line
+from axolotl_medusa.model.sources import find_source
+
+DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Types to load a model in, `auto` for the one that it is stored in."""
+
+
+def load_decoder(
+    heads: str | Path,
+    base_model: str | None = None,
+    *,
+    dtype: str = "auto",
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+) -> tuple[MedusaModel, Any]:
+    """Loads a model with its heads, on the GPU if there is one, and the tokenizer.
+
+    Args:
+        heads: A canonical directory, an output_dir or a checkpoint.
+        base_model: Directory or Hub name of the base model; by default what training wrote down.
+        dtype: One of `DTYPES`; of a quantized model what is not quantized.
+        load_in_8bit: Whether bitsandbytes holds the model in 8-bit, without its outlier threshold.
+        load_in_4bit: Whether bitsandbytes holds the model in 4-bit (NF4).
+
+    Raises:
+        ValueError: There are no heads, model or tokenizer, they do not belong together, or both options are set.
+        RuntimeError: bitsandbytes is missing.
+    """
+    options: dict[str, Any] = {}
+    device = "cuda" if torch.cuda.is_available() else None
+    if load_in_8bit or load_in_4bit:
+        options["quantization_config"] = _quantization(load_in_8bit, load_in_4bit)
+        options["device_map"], device = device and {"": 0}, None
+    tokenizer = load_tokenizer(heads, base_model)
+    return MedusaModel.from_pretrained(heads, base_model, DTYPES[dtype], device, **options), tokenizer
+
+
+def load_tokenizer(heads: str | Path, base_model: str | None = None) -> Any:
+    """Loads the tokenizer that lies beside the heads, the run or the model.
+
+    Raises:
+        ValueError: There is none, or it cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    source = find_source(heads, base_model)
+    files = source.tokenizer_files()
+    directory = files[0].parent if files else source.backbone_dir()
+    try:
+        # The heads' own config.json says nothing about the tokenizer, and makes transformers warn.
+        config = AutoConfig.from_pretrained(source.backbone_dir())
+        return AutoTokenizer.from_pretrained(directory, config=config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = first_line(error)
+        raise ValueError(f"{directory} has no tokenizer that can be loaded: {reason}") from error
+
+
+def load_original(heads: str | Path, base_model: str | None, original: str | None, device: torch.device) -> Any | None:
+    """Loads the model that Medusa-2 started from.
+
+    Args:
+        heads: A canonical directory, an output_dir or a checkpoint.
+        base_model: What the command was given as base model.
+        original: Directory or Hub name of the original; by default what training wrote down.
+        device: Where to put it.
+
+    Returns:
+        The model; None where it is the trained one with its adapter switched off.
+
+    Raises:
+        ValueError: Nothing names it, or it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = find_source(heads, base_model)
+    if original is None:
+        if source.adapter_dir is not None:
+            return None
+        original = source.config.get("base_model_name_or_path")
+    if original is None:
+        raise ValueError(f"{source.heads_dir} does not say which model training started from: name it with --original")
+    try:
+        return AutoModelForCausalLM.from_pretrained(original, dtype="auto").to(device).eval()
+    except (OSError, KeyError) as error:
+        reason = first_line(error)
+        raise ValueError(
+            f"the original model {original} cannot be loaded: {reason}: name it with --original"
+        ) from error
+
+
+def _quantization(load_in_8bit: bool, load_in_4bit: bool) -> Any:
+    if load_in_8bit and load_in_4bit:
+        raise ValueError("both 8-bit and 4-bit are asked for, expected one: leave --load-in-8bit or --load-in-4bit out")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError("8-bit and 4-bit models need bitsandbytes: pip install bitsandbytes") from error
+    from transformers import BitsAndBytesConfig
+
+    if load_in_8bit:
+        # Columns above the threshold are looked for in the whole batch: a token would depend on what else is forwarded with it,
+        # so that a tree's text would not be that of plain decoding.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

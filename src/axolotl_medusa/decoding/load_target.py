@@ -1,0 +1,128 @@
+"""Loads a causal LM for decoding with its heads, and checks that the heads were trained with this very model.
+
+Contract: knows what training leaves on disk (`sources`, `backbone`) and transformers' and peft's loaders; nothing about
+decoding.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from axolotl_medusa.errors import first_line
+from axolotl_medusa.model.anatomy import causal_lm, embedding_shape, frozen_output_embedding, output_embedding
+from axolotl_medusa.model.heads import MedusaHeads
+from axolotl_medusa.model.heads_directory import HeadsFile, lm_head_hash, read_heads, weight_hash
+from axolotl_medusa.model.sources import Source, find_source
+from axolotl_medusa.model.stored_embeddings import stored_output_embedding
+
+LOG = logging.getLogger(__name__)
+
+_HASHED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types that a model may have had in training: the hash is of the output embedding's bytes in that type. Axolotl loads a
+model in half precision and may turn its embeddings back into fp32, so rounded values in fp32 count too."""
+
+
+def load_target(
+    heads: str | Path,
+    base_model: str | Path | nn.Module | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    **load_options: Any,
+) -> tuple[nn.Module, HeadsFile]:
+    """Loads the model that heads belong to, its adapter unmerged on it if it was trained with one, and the heads' file.
+
+    Args:
+        heads: A canonical directory, an output_dir or a checkpoint.
+        base_model: The base model as the heads need it, or its directory or Hub name; by default what training wrote.
+        dtype: Type to load the model in, `auto` for the one it is stored in.
+        device: Where to put it.
+        **load_options: Given to transformers' `from_pretrained`.
+
+    Raises:
+        ValueError: There are no heads or no model, or the heads belong to another model.
+    """
+    source = find_source(heads, None if isinstance(base_model, nn.Module) else _text(base_model))
+    file = read_heads(source.heads_dir)
+    if isinstance(base_model, nn.Module):
+        check_sizes(base_model, file.build("meta"))
+        found = {lm_head_hash(base_model)} | _hashes(frozen_output_embedding(output_embedding(base_model)).weight)
+        _check_hash(source, found, type(causal_lm(base_model)).__name__)
+        return base_model, file
+    directory = source.backbone_dir()
+    stored = stored_output_embedding(directory)
+    _check_shape(stored.shape, (file.config["vocab_size"], file.config["hidden_size"]), str(directory))
+    _check_hash(source, _hashes(stored.load()), str(directory))
+    return _load(source, directory, dtype, device, load_options), file
+
+
+def check_sizes(model: nn.Module, heads: MedusaHeads) -> None:
+    """Checks that heads have the model's hidden size and vocabulary.
+
+    Raises:
+        ValueError: They differ.
+    """
+    shape = embedding_shape(output_embedding(model))
+    _check_shape(shape, (heads.vocab_size, heads.hidden_size), type(causal_lm(model)).__name__)
+
+
+def _check_shape(found: tuple[int, ...], expected: tuple[int, int], model: str) -> None:
+    if tuple(found) != expected:
+        raise ValueError(
+            f"the output embedding of {model} is {list(found)}, but the heads were trained with one of {list(expected)} "
+            "(vocabulary, hidden size): give the base model that they were trained with"
+        )
+
+
+def _check_hash(source: Source, found: set[str], model: str) -> None:
+    expected = source.meta.get("lm_head_sha256")
+    if expected is None or expected in found:
+        return
+    if source.meta.get("recipe") == "medusa-2" and source.backbone == "base":
+        # A merged adapter may have changed the output embedding, rightly so; its hash was taken without the adapter.
+        LOG.warning("cannot tell whether %s is the backbone that %s was trained with", model, source.heads_dir)
+        return
+    raise ValueError(
+        f"the output embedding of {model} is another than the one that {source.heads_dir} was trained with "
+        f"(SHA-256 {min(found)[:12]}, expected {expected[:12]}): give the base model that they were trained with"
+    )
+
+
+def _hashes(weight: Tensor) -> set[str]:
+    """SHA-256 of an output embedding in every type that a model may have been trained in."""
+    if not weight.is_floating_point():
+        return set()
+    weight = weight.detach().cpu()
+    rounded = [weight.to(dtype) for dtype in _HASHED_DTYPES]
+    return {weight_hash(tensor) for tensor in (*rounded, *(half.float() for half in rounded[1:]))}
+
+
+def _load(
+    source: Source,
+    directory: Path,
+    dtype: torch.dtype | str,
+    device: torch.device | str | None,
+    load_options: dict[str, Any],
+) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **load_options)
+    except (OSError, KeyError) as error:
+        reason = first_line(error)
+        raise ValueError(f"{directory} cannot be loaded as a causal language model: {reason}") from error
+    if source.adapter_dir is not None:
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise RuntimeError(f"{source.adapter_dir} is an adapter, which needs peft: pip install peft") from error
+        model = PeftModel.from_pretrained(model, source.adapter_dir)
+    return model if device is None else model.to(device)
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)

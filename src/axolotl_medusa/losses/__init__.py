@@ -1,0 +1,1 @@
+"""Losses over a vocabulary and their gradients: pure functions of tensors."""

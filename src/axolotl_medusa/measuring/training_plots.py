@@ -1,0 +1,97 @@
+"""PNG plots of a training run: losses, accuracies per head and acceptance length over its steps.
+
+Contract: reads the trainer_state.json that training leaves in a checkpoint, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from axolotl_medusa.measuring.plots import check_matplotlib, save_plot
+
+TRAINING_PLOTS = {
+    "training_loss.png": (r"base_loss|medusa\d+_loss", "loss"),
+    "training_accuracy.png": (r"medusa\d+_top1", "top-1 accuracy"),
+    "training_acceptance_length.png": (r"medusa_acceptance_length", "acceptance length, simulated"),
+}
+"""Files, the metrics that each shows, and what its axis is called; `eval_` before a name is the evaluation's."""
+
+_STATE = "trainer_state.json"
+
+
+def write_training_plots(output_dir: str | Path, directory: str | Path) -> list[Path]:
+    """Draws what a run has logged so far, training as lines and evaluations as dots.
+
+    Args:
+        output_dir: What training writes to, or a checkpoint in it; of several checkpoints the last one is read.
+        directory: Where to write `TRAINING_PLOTS`; made if it is not there.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: There is no checkpoint, or its log has nothing about heads.
+        RuntimeError: matplotlib is missing.
+    """
+    check_matplotlib()
+    state = trainer_state(output_dir)
+    history = _log_history(state)
+    series = {name: _series(history, pattern) for name, (pattern, _) in TRAINING_PLOTS.items()}
+    if not any("medusa" in metric for metrics in series.values() for metric in metrics):
+        raise ValueError(
+            f"{state} has no losses of heads: train with logging_steps set and without medusa_logging: false"
+        )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def draw(axes: Any, name: str) -> None:
+        for metric, points in series[name].items():
+            style = "o--" if metric.startswith("eval_") else "-"
+            axes.plot(*zip(*points, strict=True), style, label=metric)
+        axes.set(xlabel="step", ylabel=TRAINING_PLOTS[name][1])
+
+    return [save_plot(directory / name, draw, name) for name in TRAINING_PLOTS if series[name]]
+
+
+def trainer_state(output_dir: str | Path) -> Path:
+    """The trainer_state.json of a run's last checkpoint, or of the checkpoint that is named.
+
+    Raises:
+        ValueError: There is none.
+    """
+    directory = Path(output_dir)
+    found = sorted(directory.glob(f"checkpoint-*/{_STATE}"), key=_step_of)
+    if (directory / _STATE).is_file():
+        found.append(directory / _STATE)
+    if not found:
+        raise ValueError(
+            f"{directory} has no checkpoint-*/{_STATE}: expected what training wrote, an output_dir with a checkpoint"
+        )
+    return found[-1]
+
+
+def _step_of(state: Path) -> int:
+    step = state.parent.name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() else -1
+
+
+def _log_history(state: Path) -> Sequence[Mapping[str, Any]]:
+    try:
+        history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{state} is not what a Trainer writes ({type(error).__name__}: {error})") from error
+    return [entry for entry in history if "step" in entry]
+
+
+def _series(history: Sequence[Mapping[str, Any]], pattern: str) -> dict[str, list[tuple[int, float]]]:
+    """`(step, value)` of every metric whose name matches, by name."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            if re.fullmatch(f"(eval_)?({pattern})", name) and isinstance(value, int | float):
+                found.setdefault(name, []).append((entry["step"], value))
+    return dict(sorted(found.items()))

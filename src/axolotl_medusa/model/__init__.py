@@ -1,0 +1,1 @@
+"""The model and its heads, in memory and on disk: what every other room stands on."""

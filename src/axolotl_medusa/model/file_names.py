@@ -1,0 +1,16 @@
+"""Names that training, decoding and servers agree on: files of the heads directory, and the tensor that heads share.
+
+Contract: constants alone; imports nothing.
+"""
+
+from __future__ import annotations
+
+HEADS_FOLDER = "medusa_heads"
+"""The heads directory inside an output_dir or a checkpoint."""
+
+HEADS_FILE = "medusa_lm_head.safetensors"
+CONFIG_FILE = "config.json"
+META_FILE = "medusa_meta.json"
+
+SHARED_OUTPUT_LAYER = "lm_heads.0.weight"
+"""The one output layer of the shared form. Never `lm_head.weight`: a server would find that name in two files."""

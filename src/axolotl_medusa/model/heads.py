@@ -1,0 +1,144 @@
+"""Medusa heads as a plain module: residual blocks, their output layers, and where they attach to a model.
+
+Contract: knows the shape of a Hugging Face causal LM (a backbone and an output embedding) and nothing about training,
+data or files. The state dict of `MedusaHeads` has the names of the canonical checkpoint: `{i}.{j}.linear.weight`,
+`{i}.{j}.linear.bias` and, for heads with an output layer of their own, `{i}.{num_layers}.weight`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from axolotl_medusa.model.anatomy import causal_lm, probe_logits
+
+HeadForm = Literal["separate", "shared"]
+
+HEADS_NAME = "medusa_heads"
+"""Name of the submodule under which heads are attached to the causal LM."""
+
+
+class ResidualBlock(nn.Module):
+    """One block of a head: `x + SiLU(W x + b)` (Medusa, section 2.1.1), started at the identity (W = 0, b = 0).
+
+    Args:
+        hidden_size: Size H of the hidden state.
+        dtype: Type of the parameters.
+        device: Device of the parameters.
+    """
+
+    def __init__(
+        self, hidden_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size, dtype=dtype, device=device)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns the block's output, `[..., hidden_size]` like `hidden`."""
+        return hidden + nn.functional.silu(self.linear(hidden))
+
+
+class MedusaHeads(nn.ModuleList):
+    """N heads; head i, fed the hidden state at position t, predicts token t + 2 + i, i from 0.
+
+    Each head is a sequence of `num_layers` independent residual blocks and, in the `separate` form, an output layer
+    `[vocab_size, hidden_size]` without bias. In the `shared` form the model's own output embedding follows the blocks.
+
+    Args:
+        hidden_size: Size H of the model's last hidden state, after the final norm.
+        vocab_size: Rows V of the model's output embedding.
+        num_heads: Number of heads N, at least 1.
+        num_layers: Residual blocks per head, at least 1.
+        form: `separate` (each head owns an output layer, v1) or `shared` (heads reuse the model's, v2).
+        dtype: Type of the parameters.
+        device: Device of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        num_heads: int,
+        num_layers: int = 1,
+        form: HeadForm = "separate",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.num_heads = num_heads
+        self.num_layers = num_layers
+        self.form: HeadForm = form
+        for _ in range(num_heads):
+            head = nn.Sequential(*(ResidualBlock(hidden_size, dtype, device) for _ in range(num_layers)))
+            if form == "separate":
+                head.append(nn.Linear(hidden_size, vocab_size, bias=False, dtype=dtype, device=device))
+            self.append(head)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return next(self.parameters()).dtype
+
+    def blocks(self, index: int) -> nn.Sequential:
+        """The residual blocks of head `index`, without its output layer."""
+        return cast(nn.Sequential, cast(nn.Sequential, self[index])[: self.num_layers])
+
+    def output_layer(self, index: int) -> nn.Linear | None:
+        """The output layer that head `index` owns, None in the shared form."""
+        head = cast(nn.Sequential, self[index])
+        return cast(nn.Linear, head[self.num_layers]) if self.form == "separate" else None
+
+    def hidden(self, index: int, hidden: Tensor) -> Tensor:
+        """Runs the residual blocks of head `index`.
+
+        Args:
+            index: The head, from 0.
+            hidden: Last hidden states after the final norm, `[..., hidden_size]`.
+
+        Returns:
+            What goes into the output layer, `[..., hidden_size]`, in the heads' type.
+        """
+        output: Tensor = self.blocks(index)(hidden.to(self.dtype))
+        return output
+
+    @torch.no_grad()
+    def start_output_layers_from(self, weight: Tensor) -> None:
+        """Copies an output embedding `[vocab_size, hidden_size]` into every output layer, so that a fresh head equals it."""
+        for index in range(self.num_heads):
+            layer = self.output_layer(index)
+            if layer is not None:
+                layer.weight.copy_(weight)
+
+
+def attach_heads(model: nn.Module, heads: MedusaHeads) -> None:
+    """Attaches `heads` to the causal LM inside `model` as the submodule `medusa_heads`.
+
+    Call it after adapters are added: earlier, `lora_target_linear` would take the heads for LoRA targets.
+
+    Raises:
+        ValueError: Sizes of heads and model differ, or the model's logits are not a known function of lm_head's output.
+    """
+    lm = causal_lm(model)
+    probe_logits(model)
+    lm.add_module(HEADS_NAME, heads)
+
+
+def attached_heads(model: nn.Module) -> MedusaHeads:
+    """The heads that `attach_heads` attached to `model`.
+
+    Raises:
+        RuntimeError: There are none.
+    """
+    heads = getattr(causal_lm(model), HEADS_NAME, None)
+    if not isinstance(heads, MedusaHeads):
+        raise RuntimeError(
+            f"no Medusa heads on {type(causal_lm(model)).__name__}: the plugin's post_lora_load hook did not run; "
+            "is `axolotl_medusa.MedusaPlugin` under `plugins:`?"
+        )
+    return heads

@@ -1,0 +1,291 @@
+"""The canonical directory of trained heads: write, read, verify.
+
+Contract: knows the heads and the files; nothing about training or servers' own formats. The directory holds
+`medusa_lm_head.safetensors`, `config.json`, `medusa_meta.json` and the tokenizer's files; vLLM (shared form), TGI v2 and
+LoRAX v2 load it as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, output_embedding
+from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
+from axolotl_medusa.model.heads import HEADS_NAME, HeadForm, MedusaHeads, attached_heads
+from axolotl_medusa.model.tensor_files import whole_or_nothing, write_json
+
+_VERSIONS_OF = ("axolotl-medusa", "axolotl", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class HeadsFile:
+    """A canonical directory in memory.
+
+    Attributes:
+        tensors: Heads under their canonical names, and in the shared form the output layer they reuse.
+        config: What `config.json` says.
+        meta: What `medusa_meta.json` says.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def form(self) -> HeadForm:
+        """`shared` or `separate`."""
+        return "shared" if self.config["original_lm_head"] else "separate"
+
+    def build(self, device: torch.device | str | None = None) -> MedusaHeads:
+        """Builds the heads with these weights, in the type they were saved in."""
+        dtype = next(iter(self.tensors.values())).dtype
+        heads = MedusaHeads(
+            self.config["hidden_size"],
+            self.config["vocab_size"],
+            self.config["medusa_num_heads"],
+            self.config["medusa_num_layers"],
+            self.form,
+            dtype=dtype,
+            device=device,
+        )
+        heads.load_state_dict(self.head_tensors())
+        return heads
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The tensors that are the heads' own."""
+        return {name: tensor for name, tensor in self.tensors.items() if name != SHARED_OUTPUT_LAYER}
+
+
+def heads_config(heads: MedusaHeads, base_model: str) -> dict[str, Any]:
+    """The canonical `config.json`: every key that a server reads, and no `architectures`, which crashes them."""
+    shared = heads.form == "shared"
+    return {
+        "model_type": "medusa",
+        "base_model_name_or_path": base_model,
+        "medusa_num_heads": heads.num_heads,
+        "medusa_num_layers": heads.num_layers,
+        "num_medusa_heads": heads.num_heads,
+        "num_medusa_layers": heads.num_layers,
+        "version": "2" if shared else "1",
+        "hidden_size": heads.hidden_size,
+        "vocab_size": heads.vocab_size,
+        "medusa_fc_bias": True,
+        "original_lm_head": shared,
+    }
+
+
+def heads_meta(model: nn.Module, recipe: str, resolved_yaml: Mapping[str, Any]) -> dict[str, Any]:
+    """What the heads were made by and from, for `medusa_meta.json`."""
+    return {
+        "recipe": recipe,
+        "lm_head_sha256": lm_head_hash(model),
+        "dtype": str(attached_heads(model).dtype).removeprefix("torch."),
+        "versions": {name: package_version(name) for name in _VERSIONS_OF} | {"python": platform.python_version()},
+        "git_commit": _git_commit(),
+        "yaml": json.loads(json.dumps(dict(resolved_yaml), default=str)),
+    }
+
+
+def lm_head_hash(model: nn.Module) -> str:
+    """SHA-256 of the output embedding's weight, without adapters, as it is now: `sha256` of its bytes."""
+    return parameter_hash(frozen_output_embedding(output_embedding(model)).weight)
+
+
+def parameter_hash(parameter: Tensor) -> str:
+    """`weight_hash` of a parameter wherever it is; of one that ZeRO-3 or FSDP divides, every rank must ask."""
+    with gathered([parameter]):
+        return weight_hash(_whole(parameter).detach().cpu())
+
+
+def weight_hash(weight: Tensor) -> str:
+    """SHA-256 of the bytes of a weight on the CPU, in the type that it has."""
+    return hashlib.sha256(weight.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[Tensor], *, write: bool = False) -> Iterator[None]:
+    """Makes parameters that ZeRO-3 has partitioned whole; every rank must enter. A no-op elsewhere.
+
+    Args:
+        parameters: The parameters.
+        write: Whether what rank 0 writes into them is kept.
+    """
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_shape")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
+        yield
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    full_tensor = getattr(tensor, "full_tensor", None)  # a DTensor of FSDP2; every rank must call
+    return full_tensor() if callable(full_tensor) else tensor
+
+
+def output_layer_weight(model: nn.Module) -> Tensor:
+    """The output embedding's weight as it acts now, adapters merged in, `[vocab_size, hidden_size]`, on the CPU.
+
+    Raises:
+        ValueError: An adapter on lm_head cannot be merged into one matrix.
+    """
+    layer = output_embedding(model)
+    frozen = frozen_output_embedding(layer)
+    with torch.no_grad(), gathered(list(layer.parameters())):
+        if hasattr(layer, "get_delta_weight"):
+            weight = _whole(frozen.weight).detach().clone()
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A:
+                    if getattr(layer, "use_dora", {}).get(adapter):
+                        raise ValueError(
+                            "DoRA on lm_head is not supported with Medusa heads: "
+                            "take lm_head out of the LoRA targets or set peft_use_dora: false"
+                        )
+                    weight += layer.get_delta_weight(adapter)
+        elif hasattr(layer, "token_adapter"):
+            weight = layer.token_adapter.get_merged_weights(layer.token_adapter.active_adapters).detach()
+        else:
+            active = layer.modules_to_save[layer.active_adapters[0]] if hasattr(layer, "modules_to_save") else frozen
+            weight = _whole(active.weight).detach()
+        return weight.cpu().clone()
+
+
+def heads_file(model: nn.Module, config: dict[str, Any], meta: dict[str, Any]) -> HeadsFile:
+    """Copies the attached heads of `model` to the CPU; with ZeRO-3 or FSDP every rank must call it."""
+    heads = attached_heads(model)
+    with gathered(list(heads.parameters())):
+        tensors = {name: _whole(tensor).detach().cpu().clone() for name, tensor in heads.state_dict().items()}
+    if heads.form == "shared":
+        tensors[SHARED_OUTPUT_LAYER] = output_layer_weight(model).to(heads.dtype)
+    return HeadsFile(tensors, config, meta)
+
+
+def write_heads(directory: str | Path, file: HeadsFile) -> None:
+    """Writes a canonical directory, each file whole or not at all."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with whole_or_nothing(directory / HEADS_FILE) as part:
+        save_file({name: tensor.contiguous() for name, tensor in file.tensors.items()}, part, metadata={"format": "pt"})
+    write_json(directory / CONFIG_FILE, file.config)
+    write_json(directory / META_FILE, file.meta)
+
+
+def read_heads(directory: str | Path) -> HeadsFile:
+    """Reads and verifies a canonical directory.
+
+    Raises:
+        ValueError: A file or tensor is missing, or a shape differs from what `config.json` says.
+    """
+    directory = Path(directory)
+    for name in (CONFIG_FILE, HEADS_FILE):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} has no {name}: expected a directory that training wrote as medusa_heads")
+    config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    tensors = load_file(directory / HEADS_FILE)
+    meta_file = directory / META_FILE
+    meta = json.loads(meta_file.read_text(encoding="utf-8")) if meta_file.is_file() else {}
+    file = HeadsFile(tensors, config, meta)
+    verify_heads(file, str(directory))
+    return file
+
+
+def verify_heads(file: HeadsFile, where: str) -> None:
+    """Compares names and shapes of a file with what its config says.
+
+    Raises:
+        ValueError: Names or shapes differ; the line gives both.
+    """
+    config = file.config
+    missing_keys = [
+        key
+        for key in ("hidden_size", "vocab_size", "medusa_num_heads", "medusa_num_layers", "original_lm_head")
+        if key not in config
+    ]
+    if missing_keys:
+        raise ValueError(
+            f"{where}/{CONFIG_FILE} lacks {', '.join(missing_keys)}: expected the config of a canonical directory"
+        )
+    reference = MedusaHeads(
+        config["hidden_size"],
+        config["vocab_size"],
+        config["medusa_num_heads"],
+        config["medusa_num_layers"],
+        file.form,
+        device="meta",
+    )
+    expected = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
+    if file.form == "shared":
+        expected[SHARED_OUTPUT_LAYER] = (config["vocab_size"], config["hidden_size"])
+    found = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{where}/{HEADS_FILE}: {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')} "
+                f"by {CONFIG_FILE}"
+            )
+
+
+def without_heads(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state dict without the tensors of the attached heads, so that plain transformers loads it."""
+    return {name: tensor for name, tensor in state_dict.items() if HEADS_NAME not in name.split(".")}
+
+
+def load_into(model: nn.Module, file: HeadsFile) -> None:
+    """Copies saved heads into the attached ones.
+
+    Raises:
+        ValueError: Shapes differ from the attached heads'.
+    """
+    heads = attached_heads(model)
+    own = file.head_tensors()
+    surplus = sorted(own.keys() - heads.state_dict().keys())
+    if surplus:
+        raise ValueError(
+            f"saved heads do not fit {type(causal_lm(model)).__name__}: {surplus[0]} has no place in the model's heads; "
+            "use the medusa_* keys that they were trained with"
+        )
+    for name, parameter in heads.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", None) or parameter.shape)
+        if name not in own or tuple(own[name].shape) != shape:
+            found = tuple(own[name].shape) if name in own else "missing"
+            raise ValueError(
+                f"saved heads do not fit {type(causal_lm(model)).__name__}: {name} is {found}, the model's heads have {shape}"
+            )
+        with torch.no_grad(), gathered([parameter], write=True):
+            parameter.copy_(own[name])
+
+
+def package_version(package: str) -> str | None:
+    """Version of an installed package, None where it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, None where it is installed without one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

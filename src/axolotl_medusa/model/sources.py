@@ -1,0 +1,207 @@
+"""Where trained heads are and which backbone they were trained with: a canonical directory, an output_dir, a checkpoint.
+
+Contract: knows the layout that training leaves on disk; reads small JSON files and the names and shapes of tensors,
+never a tensor. What the backbone's weights are is `backbone`'s to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE
+from axolotl_medusa.model.heads import HeadForm
+from axolotl_medusa.model.heads_directory import HeadsFile, verify_heads
+from axolotl_medusa.model.tensor_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, TensorFiles, read_json
+
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+
+_FULL_MODEL_FILES = (SAFETENSORS_INDEX, SAFETENSORS_FILE, "pytorch_model.bin.index.json", "pytorch_model.bin")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+)
+_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Trained heads and the backbone that they belong to.
+
+    Attributes:
+        heads_dir: The canonical directory.
+        config: Its `config.json`.
+        meta: Its `medusa_meta.json`, empty if it has none.
+        base_model: Directory or Hub name of the base model, None where nothing names one.
+        adapter_dir: Where the adapter is that belongs on the base model, None without one.
+        full_model_dir: Where Medusa-2 wrote a full backbone, None if it did not.
+        output_dir: The output_dir or checkpoint that was read, None for a canonical directory that stands alone.
+    """
+
+    heads_dir: Path
+    config: dict[str, Any]
+    meta: dict[str, Any]
+    base_model: str | None
+    adapter_dir: Path | None = None
+    full_model_dir: Path | None = None
+    output_dir: Path | None = None
+
+    @property
+    def backbone(self) -> Literal["base", "adapter", "full"]:
+        """What has to be served: the base model as it is, with an adapter, or a backbone of its own."""
+        if self.full_model_dir is not None:
+            return "full"
+        return "base" if self.adapter_dir is None else "adapter"
+
+    @property
+    def form(self) -> HeadForm:
+        """`shared` or `separate`."""
+        return "shared" if self.config["original_lm_head"] else "separate"
+
+    def heads(self) -> TensorFiles:
+        """The heads' tensors, none of them read yet."""
+        return TensorFiles.open(self.heads_dir / HEADS_FILE)
+
+    def backbone_dir(self) -> Path:
+        """The directory with the backbone's weights, before any adapter; a base model on the Hub is downloaded.
+
+        Raises:
+            ValueError: Nothing names a base model, or it is neither a directory nor on the Hub.
+        """
+        return self.full_model_dir or self.base_model_dir()
+
+    def base_model_dir(self) -> Path:
+        """The base model's directory, downloaded from the Hub where it is not a local one.
+
+        Raises:
+            ValueError: Nothing names a base model, or it is neither a directory nor on the Hub.
+        """
+        if self.base_model is None:
+            raise ValueError(
+                f"{self.heads_dir / CONFIG_FILE} names no base_model_name_or_path: name the base model with --base-model"
+            )
+        if (path := Path(self.base_model).expanduser()).is_dir():
+            return path
+        from huggingface_hub import snapshot_download
+
+        revision = self.meta.get("yaml", {}).get("revision_of_model")
+        try:
+            return Path(snapshot_download(self.base_model, revision=revision, allow_patterns=list(_DOWNLOADED)))
+        except (OSError, ValueError) as error:  # offline, unknown, gated, or a path of another machine
+            raise ValueError(
+                f"base model {self.base_model} is neither a directory here nor can it be downloaded "
+                f"({type(error).__name__}): name its directory with --base-model"
+            ) from error
+
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files: those beside the heads, else of the run, else of a backbone that is on this disk."""
+        base = Path(self.base_model).expanduser() if self.base_model else None
+        for directory in (self.heads_dir, self.output_dir, self.full_model_dir, base):
+            if directory is not None and directory.is_dir():
+                found = {path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
+                if found:
+                    return sorted(found)
+        return []
+
+
+def find_source(path: str | Path, base_model: str | None = None) -> Source:
+    """Finds the heads and their backbone.
+
+    With an output_dir or a checkpoint, `base_model` is the model that the run started from: what its adapter is merged
+    into. With a canonical directory, `base_model` is the model that the heads will be served with, as it is. Without
+    `base_model`, the `medusa_heads` of a Medusa-2 run are read together with the run's directory around them.
+
+    Args:
+        path: A canonical directory, an output_dir of any recipe, or a checkpoint in one.
+        base_model: Directory or Hub name of the base model; by default what training wrote down.
+
+    Returns:
+        What was found; tensors are not read yet.
+
+    Raises:
+        ValueError: There are no heads, they are damaged, or the backbone that they were trained with is missing.
+    """
+    heads_dir, output_dir = _directories(Path(path).expanduser())
+    config, meta = read_json(heads_dir / CONFIG_FILE), {}
+    if (heads_dir / META_FILE).is_file():
+        meta = read_json(heads_dir / META_FILE)
+    _verify(heads_dir, config)
+    alone = output_dir is None
+    # An export names the backbone that it is served with; what training wrote names the one that it started from.
+    trained_backbone = meta.get("recipe") == "medusa-2" and "export" not in meta
+    if alone and trained_backbone and base_model is None and heads_dir.resolve().name == HEADS_FOLDER:
+        output_dir = heads_dir.resolve().parent
+    adapter_dir, full_model_dir = (None, None) if output_dir is None else _trained_backbone(output_dir, meta)
+    if trained_backbone and adapter_dir is None and full_model_dir is None and not (alone and base_model):
+        raise ValueError(_missing_backbone(output_dir or heads_dir))
+    named = base_model or config.get("base_model_name_or_path")
+    if named is None and adapter_dir is not None:
+        named = read_json(adapter_dir / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+    return Source(heads_dir, config, meta, named, adapter_dir, full_model_dir, output_dir)
+
+
+def _directories(path: Path) -> tuple[Path, Path | None]:
+    """The canonical directory at `path`, and the run's directory around it if `path` is one."""
+    if (path / HEADS_FOLDER).is_dir():
+        return path / HEADS_FOLDER, path
+    if (path / HEADS_FILE).is_file() and (path / CONFIG_FILE).is_file():
+        return path, None
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory: expected an output_dir, a checkpoint in it, or a medusa_heads")
+    checkpoints = sorted(path.glob(f"checkpoint-*/{HEADS_FOLDER}"), key=lambda heads: heads.stat().st_mtime)
+    if checkpoints:
+        raise ValueError(
+            f"{path} has no {HEADS_FOLDER}: training did not reach its end; give a checkpoint, e.g. {checkpoints[-1].parent}"
+        )
+    raise ValueError(
+        f"{path} has neither {HEADS_FOLDER} nor {HEADS_FILE} with {CONFIG_FILE}: expected what training wrote; "
+        "heads in another format go through `axolotl-medusa import` first"
+    )
+
+
+def _verify(heads_dir: Path, config: dict[str, Any]) -> None:
+    files = TensorFiles.open(heads_dir / HEADS_FILE)
+    shapes = {name: torch.empty(files.shape(name), device="meta") for name in files}
+    try:
+        verify_heads(HeadsFile(shapes, config), str(heads_dir))
+    except ValueError as error:
+        if config.get("model_type") == "medusa":
+            raise
+        raise ValueError(f"{error}; heads in another format go through `axolotl-medusa import` first") from error
+
+
+def _trained_backbone(output_dir: Path, meta: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
+    """Directories of the adapter and of the full model that a run's heads need, each None if they need none."""
+    if meta.get("recipe") == "medusa-1":
+        # Medusa-1 writes no backbone; it may have trained on top of an adapter that was there before.
+        adapter = meta.get("yaml", {}).get("lora_model_dir")
+        return (None if adapter is None else Path(adapter).expanduser()), None
+    has_adapter = (output_dir / ADAPTER_CONFIG_FILE).is_file()
+    has_full_model = any((output_dir / name).is_file() for name in _FULL_MODEL_FILES)
+    if has_adapter and has_full_model:
+        raise ValueError(
+            f"{output_dir} holds both an adapter and a full model, expected one: move away the one that is not of this run"
+        )
+    return output_dir if has_adapter else None, output_dir if has_full_model else None
+
+
+def _missing_backbone(directory: Path) -> str:
+    if next(directory.glob("pytorch_model_fsdp*"), None) is not None:
+        return (
+            f"{directory} holds the backbone as FSDP shards, expected safetensors: "
+            "join them with `axolotl merge-sharded-fsdp-weights`"
+        )
+    return (
+        f"{directory} has neither an adapter nor a full model, but Medusa-2 heads go with the backbone trained with them: "
+        "give the run's output_dir, or this medusa_heads and the merged backbone as --base-model"
+    )

@@ -1,0 +1,245 @@
+"""Trained heads written in a server's format, and read back the way that server reads them.
+
+Contract: refuses what the server cannot express before anything is written; writes tensor by tensor; deletes nothing but
+the files of an earlier export in the same directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from axolotl_medusa.model.file_names import CONFIG_FILE, META_FILE, SHARED_OUTPUT_LAYER
+from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE, Source
+from axolotl_medusa.model.tensor_files import (
+    LazyTensor,
+    TensorFiles,
+    read_json,
+    write_json,
+    write_sharded,
+    write_tensors,
+    write_torch_file,
+)
+from axolotl_medusa.serving.formats import TARGETS, Target, plan, refusal, target_config
+from axolotl_medusa.serving.model_card import measured_in_training, model_card, serve_command
+from axolotl_medusa.serving.served_model import (
+    copy_generation_config,
+    copy_tokenizer,
+    lm_head,
+    lm_head_bias,
+    merged_tensors,
+    served_config,
+)
+from axolotl_medusa.serving.verify import verify_export
+
+LOG = logging.getLogger(__name__)
+
+BACKBONE_FOLDER = "backbone"
+"""Where the merged backbone lies beside heads that have a file of their own."""
+
+CARD_FILE = "README.md"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+_WRITTEN = ("*.safetensors", "*.safetensors.index.json", "*.pt", CONFIG_FILE, ADAPTER_CONFIG_FILE, CARD_FILE)
+_LORA_NAME = re.compile(r"\.lora_[AB]\.weight$")
+_ROWS = 8192
+"""Rows of lm_head that are compared at once."""
+
+
+def export(
+    source: Source, target: str, out: str | Path, backbone: Literal["none", "merged"] = "none", verify: bool = True
+) -> None:
+    """Writes heads for a server.
+
+    Args:
+        source: The heads and their backbone, from `find_source`.
+        target: A name in `formats.TARGETS`.
+        out: The directory to write; new, empty, or with an earlier export, whose weights are replaced.
+        backbone: `merged` writes the backbone that Medusa-2 trained into `out/backbone`. Formats that keep the heads
+            among the backbone's tensors hold it in any case.
+        verify: Whether the files are read back through an independent loader and their logits compared.
+
+    Raises:
+        ValueError: The target cannot express the heads, and nothing was written; or what was written serves other logits,
+            and stays for inspection.
+    """
+    out, format_ = Path(out), _target(target)
+    served = served_config(source)
+    merged = backbone == "merged" and format_.file is not None
+    _check(source, format_, served, out, merged=merged)
+    _prepare(source, format_, out)
+    base_model = _served_model(source, format_, out, merged=merged)
+    if merged:
+        _write_backbone(source, out / BACKBONE_FOLDER)
+    _write_heads(source, format_, served, out, base_model)
+    if adapter := _unmerged_adapter(source, format_, merged=merged):
+        _copy_adapter(adapter, out)
+    copy_tokenizer(source, out)
+    num_heads = source.config["medusa_num_heads"]
+    card = model_card(
+        target=target,
+        config=source.config,
+        meta=source.meta,
+        base_model=source.base_model,
+        backbone="base" if source.backbone == "base" else "adapter" if adapter else "full",
+        serve=serve_command(target, str(out), base_model, num_heads, served.get("model_type", "")),
+        measured=measured_in_training(source.output_dir),
+    )
+    (out / CARD_FILE).write_text(card, encoding="utf-8")
+    if verify:
+        written = Source(source.heads_dir, source.config, {}, str(out / BACKBONE_FOLDER)) if merged else source
+        output, dtype = lm_head(written), _heads_dtype(source)
+        trained = {name: tensor.load for name, tensor in source.heads().items() if name != SHARED_OUTPUT_LAYER}
+        verify_export(target, out, trained, lambda: output.load().to(dtype))
+        LOG.info("%s was read back as %s does: its logits are the trained heads'", out, target)
+
+
+def _target(name: str) -> Target:
+    if name not in TARGETS:
+        raise ValueError(f"found the target {name}, expected one of {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def _check(source: Source, target: Target, served: dict[str, Any], out: Path, *, merged: bool) -> None:
+    reason = refusal(target, source.config, served, str(out.absolute()), head_has_bias=lm_head_bias(source))
+    if reason:
+        raise ValueError(reason)
+    if merged and source.backbone == "base":
+        raise ValueError(
+            f"found heads of {source.base_model} as it is, expected a backbone trained with them for --backbone merged; "
+            "leave it out and serve that model"
+        )
+    if adapter := _unmerged_adapter(source, target, merged=merged):
+        _check_adapter(adapter, target)
+    if source.form == "shared":
+        _check_shared_output_layer(source)
+
+
+def _unmerged_adapter(source: Source, target: Target, *, merged: bool) -> Path | None:
+    """The adapter that the server has to apply by itself, None where there is none or it is merged."""
+    return None if merged or target.file is None else source.adapter_dir
+
+
+def _check_adapter(adapter: Path, target: Target) -> None:
+    """Refuses an adapter beside the heads where the server would not apply it, or only a part of it."""
+    if not target.adapters:
+        raise ValueError(
+            f"found heads trained with the adapter in {adapter}, expected a merged backbone: {target.name} does not serve "
+            "both; add --backbone merged, or export to lorax"
+        )
+    other = [name for name in _adapter_tensors(adapter) if not _LORA_NAME.search(name)]
+    if other:
+        raise ValueError(
+            f"found {other[0]} in {adapter}, expected nothing but LoRA matrices: {target.name} would leave it out; "
+            "add --backbone merged"
+        )
+
+
+def _adapter_tensors(adapter: Path) -> TensorFiles:
+    file = adapter / ADAPTER_FILE
+    return TensorFiles.open(file if file.is_file() else file.with_suffix(".bin"))
+
+
+def _check_shared_output_layer(source: Source) -> None:
+    """Refuses heads that were trained to share another lm_head than the one that will be served.
+
+    Training may have loaded a model of fp32 files in half precision: what it wrote is then lm_head in that type.
+    """
+    trained, served = source.heads().load(SHARED_OUTPUT_LAYER), lm_head(source).load()
+    if not any(_match(trained, served, dtype, source) for dtype in (trained.dtype, torch.bfloat16, torch.float16)):
+        raise ValueError(
+            f"found heads that share another lm_head than that of {source.base_model}, expected the one they were trained "
+            "with; give the model that was trained as --base-model"
+        )
+
+
+def _match(trained: Tensor, served: Tensor, dtype: torch.dtype, source: Source) -> bool:
+    """Whether `trained` is `served` in `dtype`."""
+    # Training merges an adapter on lm_head in the model's own type, the export in fp32.
+    tolerance = 2 * torch.finfo(dtype).eps if source.backbone == "adapter" else 0.0
+    for start in range(0, len(trained), _ROWS):
+        rows = slice(start, start + _ROWS)
+        own, other = trained[rows].float(), served[rows].to(dtype).float()
+        if not torch.equal(own, own.to(dtype).float()):
+            return False
+        if not ((own - other).abs() <= tolerance * own.abs().amax(1, keepdim=True)).all():
+            return False
+    return True
+
+
+def _prepare(source: Source, target: Target, out: Path) -> None:
+    """Makes the directory, or takes an earlier export's weights out of it, and marks it as an export."""
+    own = (source.heads_dir, source.output_dir, source.adapter_dir, source.backbone_dir())
+    for directory in (directory.resolve() for directory in own if directory is not None):
+        if out.resolve() in (directory, *directory.parents):
+            raise ValueError(
+                f"found {directory} in {out}, expected another directory: it is read; choose another --out"
+            )
+    marker = out / META_FILE
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not marker.is_file() or "export" not in read_json(marker):
+            raise ValueError(f"{out} is not empty, expected a new directory or an earlier export; choose another --out")
+        for folder in (out, out / BACKBONE_FOLDER):
+            for file in [file for pattern in _WRITTEN for file in folder.glob(pattern)]:
+                file.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(marker, {**source.meta, "export": {"target": target.name, "config": source.config}})
+
+
+def _served_model(source: Source, target: Target, out: Path, *, merged: bool) -> str:
+    """Name or path of the backbone that goes with the export."""
+    if target.file is None:
+        return str(out)
+    if merged:
+        return str((out / BACKBONE_FOLDER).resolve())
+    return str(source.full_model_dir.resolve() if source.full_model_dir else source.base_model)
+
+
+def _write_heads(source: Source, target: Target, served: dict[str, Any], out: Path, base_model: str) -> None:
+    config = target_config(target, source.config, base_model)
+    tensors = list(_head_tensors(source, target))
+    if target.file is None:
+        write_sharded(out, [*merged_tensors(source), *tensors])
+        copy_generation_config(source, out)
+        config = {**served, **config}
+    elif target.file.endswith(".pt"):
+        write_torch_file(out / target.file, tensors)
+    else:
+        write_tensors(out / target.file, tensors)
+    write_json(out / CONFIG_FILE, config)
+
+
+def _head_tensors(source: Source, target: Target) -> Iterator[LazyTensor]:
+    """The heads under the target's names; a shared output layer is the lm_head that will be served."""
+    heads, output = source.heads(), lm_head(source)
+    dtype = _heads_dtype(source)
+    for planned in plan(target, source.config):
+        if planned.source == SHARED_OUTPUT_LAYER:
+            yield LazyTensor(planned.name, dtype, output.shape, lambda: output.load().to(dtype))
+        else:
+            yield heads[planned.source]._replace(name=planned.name)
+
+
+def _heads_dtype(source: Source) -> torch.dtype:
+    return source.heads().dtype("0.0.linear.weight")
+
+
+def _write_backbone(source: Source, directory: Path) -> None:
+    """Writes the backbone as plain transformers loads it; its config has no Medusa key, which TGI would stumble over."""
+    directory.mkdir(exist_ok=True)
+    write_sharded(directory, merged_tensors(source))
+    write_json(directory / CONFIG_FILE, served_config(source))
+    copy_generation_config(source, directory)
+    copy_tokenizer(source, directory)
+
+
+def _copy_adapter(adapter: Path, out: Path) -> None:
+    shutil.copyfile(adapter / ADAPTER_CONFIG_FILE, out / ADAPTER_CONFIG_FILE)
+    write_tensors(out / ADAPTER_FILE, _adapter_tensors(adapter).values())

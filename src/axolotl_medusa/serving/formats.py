@@ -1,0 +1,295 @@
+"""What every server reads of Medusa heads: tensor names, file names, `config.json`, and what it cannot express.
+
+Contract: pure functions of names, sizes and configs; opens no file and holds no tensor. Canonical names are those of
+`MedusaHeads.state_dict()` and, in the shared form, `lm_heads.0.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from axolotl_medusa.model.file_names import HEADS_FILE, SHARED_OUTPUT_LAYER
+
+TORCH_HEADS_FILE = "medusa_lm_head.pt"
+
+OutputLayers = Literal["own", "one", "copies", "none"]
+"""Output layers of a file: each head's own, one that all share, a copy of lm_head per head, or the served lm_head."""
+
+VLLM_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
+"""A draft path that holds one of these makes vLLM take the heads for another kind of draft model."""
+
+
+class HeadTensor(NamedTuple):
+    """Place of a tensor among the heads.
+
+    Attributes:
+        head: Which head, from 0.
+        layer: Which residual block, from 0; the number of blocks stands for the output layer after them.
+        kind: `linear.weight` and `linear.bias` of a block, `weight` of an output layer.
+    """
+
+    head: int
+    layer: int
+    kind: Literal["linear.weight", "linear.bias", "weight"]
+
+    @property
+    def canonical(self) -> str:
+        """Its name in a canonical directory."""
+        return f"{self.head}.{self.layer}.{self.kind}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One server's format.
+
+    Attributes:
+        name: What `--to` takes.
+        file: The weights' file, None where the heads lie among the backbone's tensors.
+        block: Name of a block's linear layer, of head `{i}` and block `{j}`.
+        output: Name of an output layer, of head `{i}`; `{j}` is the number of blocks.
+        shared: How heads that share lm_head are written.
+        separate: Whether heads can have output layers of their own.
+        max_layers: Most blocks per head, None for any number.
+        num_heads: The only number of heads that is read, None for any.
+        model_types: Backbones that the consumer has, None for any.
+        adapters: Whether the consumer serves heads together with a LoRA adapter.
+    """
+
+    name: str
+    file: str | None
+    block: str = "{i}.{j}.linear"
+    output: str = "{i}.{j}"
+    shared: OutputLayers = "copies"
+    separate: bool = True
+    max_layers: int | None = None
+    num_heads: int | None = None
+    model_types: tuple[str, ...] | None = None
+    adapters: bool = False
+
+    def output_layers(self, form: str, num_layers: int) -> OutputLayers:
+        """How the output layers of heads of this form are written."""
+        if form == "separate":
+            return "own"
+        if self.name == "tgi" and num_layers > 1:  # its v2 has one block, its v1 reads any number
+            return "copies"
+        return self.shared
+
+    def name_of(self, tensor: HeadTensor) -> str:
+        """The consumer's name of a tensor."""
+        pattern = self.output if tensor.kind == "weight" else self.block
+        return f"{pattern.format(i=tensor.head, j=tensor.layer)}.{tensor.kind.removeprefix('linear.')}"
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("vllm", "model.safetensors", "blocks.{i}.layers.{j}", "lm_heads.{i}", shared="one"),
+        Target("tgi", HEADS_FILE, shared="one"),
+        Target("lorax", HEADS_FILE, shared="one", separate=False, max_layers=1, adapters=True),
+        Target("fasterdecoding", TORCH_HEADS_FILE, max_layers=1, num_heads=5, model_types=("llama", "mistral")),
+        Target(
+            "fasterdecoding-legacy",
+            TORCH_HEADS_FILE,
+            shared="none",
+            separate=False,
+            max_layers=1,
+            model_types=("llama",),
+        ),
+        Target(
+            "fasterdecoding-merged",
+            None,
+            "medusa_head.{i}.{j}.linear",
+            "medusa_head.{i}.{j}",
+            max_layers=1,
+            model_types=("llama", "mistral"),
+        ),
+        Target("tensorrt-llm", HEADS_FILE),
+        Target("rtp-llm", None, "medusa_head.{i}.{j}.linear", "medusa_head.{i}.{j}", max_layers=1),
+        Target("modelopt", None, "medusa_heads.{i}.{j}.linear", "medusa_heads.{i}.{j}", max_layers=1),
+    )
+}
+
+
+class Planned(NamedTuple):
+    """A tensor to write.
+
+    Attributes:
+        name: The consumer's name of it.
+        source: The canonical tensor that it is, `lm_heads.0.weight` for the served lm_head.
+    """
+
+    name: str
+    source: str
+
+
+def plan(target: Target, config: Mapping[str, Any]) -> Iterator[Planned]:
+    """Every tensor that `target` reads of the heads, head by head.
+
+    Args:
+        target: The format.
+        config: `config.json` of the canonical directory.
+    """
+    num_heads, num_layers = config["medusa_num_heads"], config["medusa_num_layers"]
+    layers = target.output_layers(form_of(config), num_layers)
+    for head in range(num_heads):
+        for layer in range(num_layers):
+            for kind in ("linear.weight", "linear.bias"):
+                block = HeadTensor(head, layer, kind)
+                yield Planned(target.name_of(block), block.canonical)
+        if layers in ("own", "copies"):
+            output = HeadTensor(head, num_layers, "weight")
+            yield Planned(target.name_of(output), output.canonical if layers == "own" else SHARED_OUTPUT_LAYER)
+    if layers == "one":
+        yield Planned(SHARED_OUTPUT_LAYER, SHARED_OUTPUT_LAYER)
+
+
+def form_of(config: Mapping[str, Any]) -> Literal["shared", "separate"]:
+    """Form of the heads that a canonical config describes."""
+    return "shared" if config["original_lm_head"] else "separate"
+
+
+def target_config(target: Target, config: Mapping[str, Any], base_model: str) -> dict[str, Any]:
+    """What the consumer's `config.json` says of the heads; beside the backbone's own keys where they lie in its files.
+
+    `architectures` is in none of them: vLLM fills it in, and TGI crashes at every value.
+
+    Args:
+        target: The format.
+        config: `config.json` of the canonical directory.
+        base_model: Name or path of the backbone that will be served.
+    """
+    heads, layers = config["medusa_num_heads"], config["medusa_num_layers"]
+    shared = target.output_layers(form_of(config), layers) in ("one", "none")
+    counts = {"medusa_num_heads": heads, "medusa_num_layers": layers}
+    both_spellings = {**counts, "num_medusa_heads": heads, "num_medusa_layers": layers}
+    sizes = {"hidden_size": config["hidden_size"], "vocab_size": config["vocab_size"]}
+    heads_only = {"model_type": "medusa", "base_model_name_or_path": base_model}
+    version = {"version": "2" if shared else "1"}
+    match target.name:
+        case "vllm":
+            vllm = {"num_heads": heads, "num_hidden_layers": layers, "medusa_fc_bias": True, "original_lm_head": shared}
+            return {**heads_only, **sizes, **vllm}
+        case "tgi" | "lorax":
+            canonical = {"medusa_fc_bias": True, "original_lm_head": shared}
+            return {**heads_only, **both_spellings, **version, **sizes, **canonical}
+        case "fasterdecoding" | "fasterdecoding-legacy":
+            return {**heads_only, **counts, **version}
+        case "fasterdecoding-merged":
+            return counts
+        case "tensorrt-llm":
+            return {**heads_only, **both_spellings, **version, **sizes}
+        case "rtp-llm":
+            return {"medusa_config": counts}
+        case _:
+            return {"medusa": {"num_medusa_heads": heads, "num_medusa_layers": layers}}
+
+
+def refusal(
+    target: Target, config: Mapping[str, Any], served: Mapping[str, Any], out: str, *, head_has_bias: bool
+) -> str | None:
+    """Why `target` cannot express these heads, as one line for the user; None where it can.
+
+    Args:
+        target: The format.
+        config: `config.json` of the canonical directory.
+        served: `config.json` of the backbone that will be served.
+        out: Path of the export: vLLM guesses the kind of a draft model from it.
+        head_has_bias: Whether the backbone's lm_head has a bias.
+    """
+    return (
+        _refused_heads(target, config)
+        or _refused_backbone(target, config, served, head_has_bias=head_has_bias)
+        or _refused_path(target, out)
+    )
+
+
+def _refused_heads(target: Target, config: Mapping[str, Any]) -> str | None:
+    heads, layers = config["medusa_num_heads"], config["medusa_num_layers"]
+    if target.max_layers is not None and layers > target.max_layers:
+        return (
+            f"found {layers} residual blocks per head, expected 1: {target.name} reads no more; "
+            "train with medusa_num_layers: 1, or export to vllm, tgi or tensorrt-llm"
+        )
+    if form_of(config) == "separate" and not target.separate:
+        return (
+            f"found heads with output layers of their own, expected heads that share lm_head: {target.name} would fail or "
+            "ignore them; train with medusa_lm_head: shared, or export to vllm, tgi or tensorrt-llm"
+        )
+    if target.num_heads is not None and heads != target.num_heads:
+        return (
+            f"found {heads} heads, expected {target.num_heads}: {target.name} builds {target.num_heads} whatever the "
+            f"config says; train with medusa_num_heads: {target.num_heads}, or export to fasterdecoding-merged"
+        )
+    return None
+
+
+def _refused_backbone(
+    target: Target, config: Mapping[str, Any], served: Mapping[str, Any], *, head_has_bias: bool
+) -> str | None:
+    if target.model_types is not None and served.get("model_type") not in target.model_types:
+        return (
+            f"found a {served.get('model_type')} backbone, expected {' or '.join(target.model_types)}: {target.name} has no "
+            "other; export to vllm"
+        )
+    text = served.get("text_config") or served
+    for key, what in (("vocab_size", "vocabulary"), ("hidden_size", "hidden size")):
+        if text.get(key) != config[key]:
+            return (
+                f"found a {what} of {config[key]} in the heads, expected {text.get(key)} as in the config of the model that "
+                "will be served; give the model that was trained as --base-model"
+            )
+    layers = target.output_layers(form_of(config), config["medusa_num_layers"])
+    if head_has_bias and (layers == "copies" or (layers == "one" and target.name == "vllm")):
+        return (
+            f"found heads that share an lm_head with a bias, expected none: {target.name} builds output layers without; "
+            "train with medusa_lm_head: separate"
+        )
+    return None
+
+
+def _refused_path(target: Target, out: str) -> str | None:
+    method = next((method for method in VLLM_METHODS if method in out.lower()), None)
+    if target.name != "vllm" or method is None:
+        return None
+    return (
+        f"found '{method}' in the path {out}, expected a path without it: vLLM would take the heads for another kind of "
+        "draft model; choose another --out"
+    )
+
+
+_IN_MODEL = re.compile(r"(?:^|\.)medusa_heads?\.(?:modules_to_save\.(?:[A-Za-z_]\w*\.)?)?(?P<rest>\d.*)$")
+_SEQUENTIAL = re.compile(r"^(?P<head>\d+)\.(?P<layer>\d+)\.(?P<kind>linear\.weight|linear\.bias|weight)$")
+_NATIVE_BLOCK = re.compile(r"^blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<kind>weight|bias)$")
+_NATIVE_OUTPUT = re.compile(r"^lm_heads\.(?P<head>\d+)\.weight$")
+
+OUTPUT_LAYER = -1
+"""`layer` of an output layer whose name does not say how many blocks precede it."""
+
+
+class Parsed(NamedTuple):
+    """What a name in some format means.
+
+    Attributes:
+        tensor: The place among the heads; `layer` is `OUTPUT_LAYER` in names that do not give it.
+        in_model: Whether the heads lie inside a model's or an adapter's files, among tensors that are not theirs.
+    """
+
+    tensor: HeadTensor
+    in_model: bool
+
+
+def parse(name: str) -> Parsed | None:
+    """Reads a tensor's name in any of the formats, peft's `modules_to_save` included; None if it is not of the heads."""
+    inner = _IN_MODEL.search(name)
+    if found := _SEQUENTIAL.match(inner["rest"] if inner else name):
+        kind: Any = found["kind"]
+        return Parsed(HeadTensor(int(found["head"]), int(found["layer"]), kind), inner is not None)
+    if found := _NATIVE_BLOCK.match(name):
+        kind = f"linear.{found['kind']}"
+        return Parsed(HeadTensor(int(found["head"]), int(found["layer"]), kind), False)
+    if found := _NATIVE_OUTPUT.match(name):
+        return Parsed(HeadTensor(int(found["head"]), OUTPUT_LAYER, "weight"), False)
+    return None

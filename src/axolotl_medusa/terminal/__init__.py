@@ -1,0 +1,1 @@
+"""What the decoding commands show: answers, chat, and plain beside Medusa decoding."""

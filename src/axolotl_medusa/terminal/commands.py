@@ -1,0 +1,162 @@
+"""What the commands `evaluate`, `tree`, `generate`, `chat` and `demo` do once their arguments are parsed.
+
+Contract: reads and writes the files that the arguments name, calls the package, prints for a user.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from axolotl_medusa.decoding.load_decoder import load_decoder, load_original
+from axolotl_medusa.decoding.medusa_model import MedusaModel
+from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, chain, default_tree, write_tree
+from axolotl_medusa.measuring.evaluate import PromptTokens, check_fits, environment, evaluate
+from axolotl_medusa.measuring.plots import check_matplotlib, write_plots
+from axolotl_medusa.measuring.quality import compare_backbones
+from axolotl_medusa.measuring.step_times import SIZES, StepTimes, measure_steps
+from axolotl_medusa.measuring.tree_tuning import TunedTree, tune_tree
+from axolotl_medusa.model.anatomy import causal_lm
+from axolotl_medusa.terminal.chat import Answerer, Chat
+from axolotl_medusa.terminal.prompts import Prompt, conversation_tokens, prompt_tokens, read_prompts
+from axolotl_medusa.terminal.race import race
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """Evaluates heads on a prompts file, prints a summary, and writes the report and its plots where asked to."""
+    if options.plots:
+        check_matplotlib()
+    prompts = read_prompts(options.prompts, options.limit)
+    held_out = read_prompts(options.held_out) if options.held_out else []
+    model, tokenizer = _load(options)
+    if options.compile:
+        model.compiled()  # refuses what cannot be compiled before anything is measured
+    torch.manual_seed(options.seed)
+    tokens = [PromptTokens(row.id, prompt_tokens(tokenizer, row), row.category) for row in prompts]
+    trees = {"chain": chain(model.heads.num_heads), "tree": model.tree(options.tree)}
+    report = {"heads": str(options.heads), "prompts_file": str(options.prompts), **environment(model)}
+    report |= evaluate(model, tokens, trees, options.max_new_tokens, options.compile)
+    times = _step_times(model, tokens, options.compile)
+    report["steps"] = dataclasses.asdict(times)
+    if held_out:
+        device = causal_lm(model.base_model).get_input_embeddings().weight.device
+        original = load_original(options.heads, options.base_model, options.original, device)
+        texts = [conversation_tokens(tokenizer, row) for row in held_out]
+        report["quality"] = dataclasses.asdict(compare_backbones(model.base_model, original, texts))
+    _print_report(report, times)
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"report: {options.json}")
+    for file in write_plots(report, options.plots) if options.plots else ():
+        print(f"plot: {file}")
+
+
+def _step_times(model: MedusaModel, prompts: list[PromptTokens], compile: bool) -> StepTimes:
+    """Steps with default trees of all `SIZES` that the heads can fill, after the prompt of median length."""
+    top_k = min(DEFAULT_TOP_K, model.heads.vocab_size)
+    trees = [default_tree(model.heads.num_heads, nodes, top_k) for nodes in SIZES]
+    middle = sorted(prompts, key=lambda prompt: len(prompt.input_ids))[len(prompts) // 2]
+    return measure_steps(model, middle.input_ids, trees, compile=compile)
+
+
+def _print_report(report: Mapping[str, Any], times: StepTimes) -> None:
+    hardware = report["hardware"]
+    print(
+        f"{report['model']['type']}, {report['model']['dtype']}, {hardware['device']}, {hardware['torch_threads']} threads"
+    )
+    for name, group in {"all prompts": report["overall"], **report["categories"]}.items():
+        print(f"\n{name} ({group['prompts']})")
+        for head in group["heads"]:
+            tops = ", ".join(f"top {top} {value:.3f}" for top, value in head["top"].items() if value is not None)
+            print(f"  head {head['head']}: {tops or 'no positions'}")
+        for decoder, row in group["decoders"].items():
+            print(
+                f"  {decoder}: acceptance length {row['acceptance_length']:.3f}, {row['tokens_per_s']:.1f} tokens/s, "
+                f"{row['speed_up']:.2f} x plain, output equal to plain for {row['agreement']:.1%} of prompts"
+            )
+    ratios = ", ".join(f"{nodes}: {ratio:.2f}" for nodes, ratio in times.ratios.items())
+    print(f"\na step by nodes, in plain steps of {times.plain_s * 1000:.1f} ms: {ratios}")
+    if "quality" in report:
+        quality = report["quality"]
+        print(
+            f"backbone on {quality['tokens']} held-out tokens: perplexity {quality['perplexity']:.3f}, original "
+            f"{quality['original_perplexity']:.3f}, KL(original || trained) {quality['kl']:.5f}"
+        )
+
+
+def run_tree(options: argparse.Namespace) -> None:
+    """Searches the fastest tree and writes it."""
+    prompts = read_prompts(options.calibration, options.limit)
+    model, tokenizer = _load(options)
+    tokens = [PromptTokens(row.id, prompt_tokens(tokenizer, row), row.category) for row in prompts]
+    tuned = tune_tree(model, tokens, options.nodes, options.max_new_tokens)
+    facts = {"heads": str(options.heads), "calibration": str(options.calibration), **environment(model)}
+    write_tree(options.out, tuned.tree, **facts, **tuned.facts())
+    _print_tuned(tuned)
+    print(f"written to {options.out}: {tuned.tree.num_nodes} nodes, depth {tuned.tree.depth}")
+
+
+def _print_tuned(tuned: TunedTree) -> None:
+    print("nodes  expected acceptance length  step / plain step")
+    for nodes, length in enumerate(tuned.search.expected_lengths, 1):
+        ratio = tuned.times.ratios.get(nodes)
+        print(f"{nodes:5}  {length:26.3f}  {'' if ratio is None else f'{ratio:17.3f}'}".rstrip())
+    for reason in tuned.reasons:
+        print(reason)
+    for nodes, speed_up in tuned.speed_ups.items():
+        where = f"{len(tuned.checked_on)} held-out prompts (chosen with {tuned.calibrated_on} others)"
+        print(f"{nodes} nodes measured: {speed_up:.3f} x plain on {where}")
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Prints an answer while it is written; what it took goes to stderr."""
+    model, tokenizer = _load(options)
+    _, speed = _answerer(options, model, tokenizer).answer([{"role": "user", "content": options.prompt}])
+    print(f"[{speed}]", file=sys.stderr)
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    """Talks in the terminal."""
+    model, tokenizer = _load(options)
+    answerer = _answerer(options, model, tokenizer)
+    answerer.colour = sys.stdout.isatty()
+    Chat(answerer, input).run()
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    """Decodes a prompt plainly and with the heads, beside each other."""
+    model, tokenizer = _load(options)
+    tokens = prompt_tokens(tokenizer, Prompt("given", ({"role": "user", "content": options.prompt},)))
+    check_fits(model, [PromptTokens("given", tokens)], options.max_new_tokens)
+    tree = model.tree(options.tree)
+    race(model, tokenizer, tokens, tree, options.max_new_tokens, sys.stdout, options.compile)
+
+
+def _answerer(options: argparse.Namespace, model: MedusaModel, tokenizer: Any) -> Answerer:
+    tree = model.tree(options.tree)
+    return Answerer(
+        model,
+        tokenizer,
+        tree,
+        options.temperature,
+        options.max_new_tokens,
+        sys.stdout,
+        compile=options.compile,
+    )
+
+
+def _load(options: argparse.Namespace) -> tuple[MedusaModel, Any]:
+    return load_decoder(
+        options.heads,
+        options.base_model,
+        dtype=options.dtype,
+        load_in_8bit=options.load_in_8bit,
+        load_in_4bit=options.load_in_4bit,
+    )

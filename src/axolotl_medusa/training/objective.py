@@ -1,0 +1,313 @@
+"""The training objective of a causal LM with heads, computed inside the model's own forward.
+
+Contract: knows the model, its heads and the losses; nothing about axolotl, optimizers or files. The loss is computed in
+the forward of the wrapped model because that is where DDP, FSDP and ZeRO-3 gather parameters and hook gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from axolotl_medusa.losses.chunked import FixedDistribution, OutputLayer, Prediction, matmul_dtype, row_losses
+from axolotl_medusa.losses.closed_form import Accuracies
+from axolotl_medusa.losses.reference import RowLosses, RowLossWeights
+from axolotl_medusa.losses.targets import IGNORE_INDEX, medusa_targets
+from axolotl_medusa.model.anatomy import (
+    backbone,
+    causal_lm,
+    embedding_shape,
+    frozen_output_embedding,
+    identity,
+    logit_transform,
+    output_embedding,
+)
+from axolotl_medusa.model.heads import MedusaHeads, attached_heads
+
+BASE_LOSS_SAMPLE = 16
+"""In Medusa-1 training the base loss is only watched: every 16th row of each batch keeps that below 1% of a step."""
+
+TOP_K_SAMPLE = 16
+"""In training, accuracies beyond top 1 come from every 16th row: a top-k pass costs half of a head's cross-entropy."""
+
+_OF_LM_HEAD = ("return_dict", "logits_to_keep", "skip_logits")
+"""Arguments that speak of the logits; the backbone does not take them."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is trained and how it is weighted; the YAML key of each field is `medusa_` + its name.
+
+    Attributes:
+        only_heads: Medusa-1: no gradient for the backbone and no base loss.
+        decay_coefficient: Head i is weighted `coefficient · decay^(i + 1)`.
+        lm_coefficient: Weight of the base model's own cross-entropy.
+        kl_coefficient: Weight of KL(frozen self ‖ trained self).
+        distillation_regularization: Share α of the model's own softmax in the base targets.
+        head_loss: `ce`, or `kl` from the model's own distribution (with `kl_coefficient` the frozen self's) at the position that a
+            head predicts.
+        logging: Whether accuracies are computed and the acceptance length.
+        logging_topk: Accuracies top 1 to k.
+        recompute: See `chunked_loss.row_losses`.
+    """
+
+    only_heads: bool = False
+    decay_coefficient: float = 0.8
+    lm_coefficient: float = 1.0
+    kl_coefficient: float = 0.0
+    distillation_regularization: float = 0.0
+    head_loss: Literal["ce", "kl"] = "ce"
+    logging: bool = True
+    logging_topk: int = 5
+    recompute: bool | None = None
+
+
+@dataclass
+class MedusaOutput(ModelOutput):  # type: ignore[misc]
+    """What the patched forward returns when it is given labels.
+
+    Attributes:
+        loss: The loss of DESIGN's "The maths", scalar.
+        metric_sums: Sums in the order of `metric_names`, `[metrics, 2]`: numerators and denominators, detached, fp64.
+        hidden_rows: With `return_hidden_rows`, hidden states of the counted rows, `[counted rows, hidden]`, detached.
+    """
+
+    loss: Tensor | None = None
+    metric_sums: Tensor | None = None
+    hidden_rows: Tensor | None = None
+
+
+def metric_names(num_heads: int, objective: Objective) -> list[str]:
+    """Names of the metrics in the order of `MedusaOutput.metric_sums`."""
+    names = ["base_loss"]
+    if objective.kl_coefficient:
+        names += ["base_ce", "base_kl"]
+    for head in range(num_heads):
+        names.append(f"medusa{head}_loss")
+        names += [f"medusa{head}_top{k}" for k in range(1, objective.logging_topk + 1)] if objective.logging else []
+    return names + (["medusa_acceptance_length"] if objective.logging else [])
+
+
+def install_objective(model: nn.Module, objective: Objective) -> None:
+    """Makes the causal LM inside `model` return the Medusa loss when it is given labels.
+
+    The new forward takes, beside the model's own arguments, `num_items_in_batch` (targets of the base model and of each
+    head in the whole optimizer step, `[num_heads + 1]`; without, those of this batch) and `medusa_coefficient` (λ, the
+    heads' weight at this step, default 1). Calls without labels reach the model's own forward unchanged.
+
+    In Medusa-1 it also takes `hidden_rows`, hidden states after the final norm of the counted rows in the order of the
+    flattened batch, `[counted rows, hidden]`: the backbone is then not run. With `return_hidden_rows` it returns those
+    rows and a loss of zero, and computes nothing else.
+
+    Args:
+        model: A model that `heads.attach_heads` was called on, possibly wrapped by peft.
+        objective: What to train.
+    """
+    lm = causal_lm(model)
+    attached_heads(model)
+    own_forward = lm.forward
+    disable_adapter = getattr(model, "disable_adapter", None)
+
+    def forward(
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
+        medusa_coefficient: float = 1.0,
+        hidden_rows: Tensor | None = None,
+        return_hidden_rows: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None:
+            return own_forward(input_ids=input_ids, **kwargs)
+        if (hidden_rows is not None or return_hidden_rows) and not objective.only_heads:
+            raise ValueError("hidden_rows belong to a frozen backbone, and Medusa-2 trains it: expected only_heads")
+        for name in _OF_LM_HEAD:
+            kwargs.pop(name, None)
+        run = _Run(lm, objective, disable_adapter, {"input_ids": input_ids, **kwargs, "use_cache": False})
+        if return_hidden_rows:
+            return run.counted_rows(labels)
+        return run(labels, num_items_in_batch, medusa_coefficient, hidden_rows)
+
+    lm.forward = forward
+
+
+class _Run:
+    """One forward of the objective over one micro-batch."""
+
+    def __init__(
+        self,
+        lm: Any,
+        objective: Objective,
+        disable_adapter: Callable[[], contextlib.AbstractContextManager[None]] | None,
+        inputs: dict[str, Any],
+    ) -> None:
+        self.lm = lm
+        self.objective = objective
+        self.disable_adapter = disable_adapter or contextlib.nullcontext
+        self.inputs = inputs
+        self.heads: MedusaHeads = attached_heads(lm)
+        self.output = output_embedding(lm)
+        self.transform = logit_transform(lm.config)
+        self.vocab_size = embedding_shape(self.output)[0]
+
+    def counted_rows(self, labels: Tensor) -> MedusaOutput:
+        """The hidden states of the counted rows alone."""
+        targets = medusa_targets(labels, 0, self.inputs.get("position_ids"))
+        all_hidden = self._last_hidden(teacher=False)
+        return MedusaOutput(
+            loss=all_hidden.new_zeros(()),
+            hidden_rows=all_hidden[(targets[..., 0] != IGNORE_INDEX).to(all_hidden.device)],
+        )
+
+    def __call__(
+        self, labels: Tensor, counts: Tensor | None, coefficient: float, hidden_rows: Tensor | None = None
+    ) -> MedusaOutput:
+        objective, heads = self.objective, self.heads
+        targets = medusa_targets(labels, heads.num_heads, self.inputs.get("position_ids"))
+        targets = targets.to(self.lm.get_input_embeddings().weight.device).flatten(0, 1)
+        if counts is None:
+            counts = (targets != IGNORE_INDEX).sum(dim=0)
+        rows = (targets[:, 0] != IGNORE_INDEX).nonzero().squeeze(1)
+        hidden = hidden_rows
+        if hidden is None:
+            all_hidden = self._last_hidden(teacher=False).flatten(0, 1)
+            hidden = all_hidden[rows.to(all_hidden.device)]
+        rows, targets = rows.to(hidden.device), targets.to(hidden.device)
+        targets, counts = targets[rows], counts.to(hidden.device).clamp(min=1)
+        counted = [targets[:, head + 1] != IGNORE_INDEX for head in range(heads.num_heads)]
+        weights = [coefficient * objective.decay_coefficient ** (head + 1) for head in range(heads.num_heads)]
+        predictions = [
+            self._head_prediction(head, hidden, rows, targets, counted[head], weights[head] / counts[head + 1])
+            for head in range(heads.num_heads)
+        ]
+        if not objective.only_heads:
+            predictions.append(self._base_prediction(hidden, targets, 1.0 / counts[0]))
+        loss, results = row_losses(predictions, self._fixed(hidden, rows), recompute=objective.recompute)
+        sums = self._base_metrics(hidden, targets) if objective.only_heads else self._base_sums(results.pop(), rows)
+        sums += self._head_sums(results, counted, rows)
+        stacked = torch.stack([torch.stack([part.double() for part in pair]) for pair in sums])
+        return MedusaOutput(loss=loss, metric_sums=stacked)
+
+    def _last_hidden(self, *, teacher: bool) -> Tensor:
+        """Last hidden states after the final norm, `[batch, seq, hidden]`, with a gradient only where one is needed."""
+        decoder = backbone(self.lm)
+        if not teacher and not self.objective.only_heads:
+            return cast(Tensor, decoder(**self.inputs)[0])
+        with torch.no_grad(), _evaluating(decoder):
+            return cast(Tensor, decoder(**self.inputs)[0])
+
+    def _fixed(self, hidden: Tensor, rows: Tensor) -> FixedDistribution | None:
+        """What divergences are measured from, at all counted rows: the frozen self where it is asked for, else the model."""
+        if self.objective.kl_coefficient:
+            with self.disable_adapter():
+                hidden = self._last_hidden(teacher=True).flatten(0, 1)[rows]
+            return FixedDistribution(hidden, self._layer(frozen_output_embedding(self.output)))
+        if self.objective.head_loss == "kl":
+            return FixedDistribution(hidden.detach(), self._layer(self.output, frozen=True))
+        return None
+
+    def _base_prediction(self, hidden: Tensor, targets: Tensor, scale: Tensor) -> Prediction:
+        objective = self.objective
+        weights = RowLossWeights(
+            objective.lm_coefficient, objective.kl_coefficient, objective.distillation_regularization
+        )
+        every_row = torch.arange(hidden.shape[0], device=hidden.device) if objective.kl_coefficient else None
+        return Prediction(hidden, targets[:, 0], self._layer(self.output), weights, scale, every_row)
+
+    def _head_prediction(
+        self, head: int, hidden: Tensor, rows: Tensor, targets: Tensor, counted: Tensor, scale: Tensor
+    ) -> Prediction:
+        """A head's rows; the model predicts the same token 1 + head rows later, which is a counted row too."""
+        own_rows = self.heads.hidden(head, hidden[counted])
+        layer = self._layer(self.heads.output_layer(head) or self.output)
+        own_targets = targets[counted, head + 1]
+        weights, same_token = RowLossWeights(), None
+        if self.objective.head_loss == "kl":
+            weights, same_token = RowLossWeights(0.0, kl=1.0), torch.searchsorted(rows, rows[counted] + 1 + head)
+        return Prediction(own_rows, own_targets, layer, weights, scale, same_token, self._accuracies)
+
+    def _layer(self, layer: nn.Module, frozen: bool = False) -> OutputLayer:
+        """An output layer as the losses take it; frozen: without dropout."""
+        weight, dtype = None, _compute_dtype(layer)
+        is_matmul = type(layer) is nn.Linear and layer.bias is None and self.transform is identity
+        if is_matmul and dtype in (torch.float32, torch.bfloat16):
+            weight = cast(Tensor, layer.weight)
+
+        def project(hidden: Tensor) -> Tensor:
+            with _evaluating(layer) if frozen else contextlib.nullcontext():
+                return self.transform(layer(hidden.to(_weight_dtype(layer))))
+
+        return OutputLayer(project, self.vocab_size, list(layer.parameters()), weight, dtype)
+
+    def _base_metrics(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The loss of a frozen base model, which is only watched."""
+        watched = slice(None, None, BASE_LOSS_SAMPLE if self.lm.training else 1)
+        rows = hidden[watched]
+        with torch.no_grad():
+            _, (result,) = row_losses([Prediction(rows, targets[watched, 0], self._layer(self.output))])
+        return [(result.cross_entropy, _count(rows))]
+
+    def _base_sums(self, result: RowLosses, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        sums = [(result.loss, _count(rows))]
+        if self.objective.kl_coefficient:
+            sums += [(result.cross_entropy, _count(rows)), (result.kl, _count(rows))]
+        return sums
+
+    def _head_sums(
+        self, results: Sequence[RowLosses], counted: Sequence[Tensor], rows: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Each head's loss and accuracies, and the acceptance length: heads that are right in a row, and the base token."""
+        sums = []
+        correct = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+        accepted = _count(rows).double()
+        for result, chosen in zip(results, counted, strict=True):
+            sums.append((result.loss, chosen.sum()))
+            if result.correct is not None and result.topk_hits is not None:
+                sums.append((result.correct.sum(), chosen.sum()))
+                sampled = torch.tensor(result.topk_rows, device=rows.device)
+                sums += [(hits, sampled) for hits in result.topk_hits[1:]]
+                correct &= torch.zeros_like(correct).masked_scatter(chosen, result.correct)
+                accepted += correct.sum()
+        return [*sums, (accepted, _count(rows))] if self.objective.logging else sums
+
+    @property
+    def _accuracies(self) -> Accuracies | None:
+        if not self.objective.logging:
+            return None
+        return Accuracies(self.objective.logging_topk, TOP_K_SAMPLE if self.lm.training else 1)
+
+
+def _count(rows: Tensor) -> Tensor:
+    return torch.tensor(rows.shape[0], device=rows.device)
+
+
+def _compute_dtype(layer: nn.Module) -> torch.dtype:
+    """What the layer's matmul is computed in."""
+    weight = frozen_output_embedding(layer).weight
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return matmul_dtype(dtype, weight.device)
+
+
+def _weight_dtype(layer: nn.Module) -> torch.dtype:
+    dtype: torch.dtype = frozen_output_embedding(layer).weight.dtype
+    return dtype
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Switches dropout off: what is frozen must answer in training as it does when it is served."""
+    training = module.training
+    if training:
+        module.eval()
+    try:
+        yield
+    finally:
+        if training:
+            module.train()

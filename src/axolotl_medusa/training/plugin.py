@@ -1,0 +1,114 @@
+"""The axolotl plugin: hooks of a few lines each.
+
+Contract: every error that a user can cause ends here in one line and a non-zero exit, never in training without heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from torch import nn
+
+from axolotl_medusa.model.anatomy import embedding_shape, output_embedding
+from axolotl_medusa.model.heads import MedusaHeads, attach_heads
+from axolotl_medusa.model.heads_directory import load_into, output_layer_weight, read_heads
+from axolotl_medusa.training.args import config_problems, heads_directory, renamed_key_hints
+from axolotl_medusa.training.datasets import dataset_problems
+from axolotl_medusa.training.objective import install_objective
+from axolotl_medusa.training.trainable import heads_dtype
+from axolotl_medusa.training.trainer import MedusaTrainer, objective_of, stop
+
+LOG = get_logger(__name__)
+
+
+class MedusaPlugin(BasePlugin):  # type: ignore[misc]
+    """Adds Medusa heads to the model that axolotl trains."""
+
+    def register(self, cfg: DictDefault, **_: Any) -> None:
+        """Validates the Medusa part of the YAML; all of its errors are reported together."""
+        hints = renamed_key_hints(cfg)
+        for hint in hints:
+            LOG.warning(f"renamed by axolotl: {hint}")
+        problems = config_problems(cfg)
+        if problems:
+            lines = "".join(f"\n  - {problem}" for problem in problems)
+            raise stop(
+                f"{len(problems)} problem{'s' * (len(problems) > 1)} in {cfg.get('axolotl_config_path') or 'the YAML'}:{lines}"
+            )
+
+    def get_input_args(self) -> str:
+        """Names the pydantic model that axolotl merges into its own."""
+        return "axolotl_medusa.training.args.MedusaArgs"
+
+    def get_trainer_cls(self, cfg: DictDefault) -> type[MedusaTrainer]:
+        """Returns the trainer."""
+        return MedusaTrainer
+
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
+        """Allows `bf16: true` where there is no accelerator: the Trainer wants to be told."""
+        return {} if torch.accelerator.is_available() else {"use_cpu": True}
+
+    def post_lora_load(self, cfg: DictDefault, model: nn.Module) -> None:
+        """Attaches the heads: after the embeddings are resized and after adapters looked for their targets."""
+        if cfg.inference or cfg.merge_lora:
+            return
+        try:
+            attach(cfg, model)
+        except ValueError as error:
+            raise stop(str(error)) from None
+
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
+        """Stops where a dataset has nothing to train on; loading itself is left to axolotl."""
+        try:
+            problems = dataset_problems(cfg)
+        except ValueError as error:
+            raise stop(str(error)) from None
+        if problems:
+            raise stop("; ".join(problems))
+
+    def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: MedusaTrainer) -> list[Any]:
+        """Hands the YAML to the trainer: the one hook after its creation that training and `axolotl evaluate` share."""
+        try:
+            trainer.setup_medusa(cfg)
+        except ValueError as error:
+            raise stop(str(error)) from None
+        return []
+
+    def post_trainer_create(self, cfg: DictDefault, trainer: MedusaTrainer) -> None:
+        """Tells the trainer that it will train; `axolotl evaluate` does not come here."""
+        trainer.medusa_trains = True
+        try:
+            trainer.open_hidden_cache()
+        except ValueError as error:
+            raise stop(str(error)) from None
+
+
+def attach(cfg: DictDefault, model: nn.Module) -> None:
+    """Builds the heads that the YAML asks for and attaches them and their objective to `model`."""
+    layer = output_embedding(model)
+    vocab_size, hidden_size = embedding_shape(layer)
+    device = next(layer.parameters()).device
+    heads = MedusaHeads(
+        hidden_size,
+        vocab_size,
+        cfg.medusa_num_heads,
+        cfg.medusa_num_layers,
+        cfg.medusa_lm_head,
+        dtype=heads_dtype(model, cfg),
+        device=None if device.type == "meta" else device,
+    )
+    if heads.form == "separate":
+        heads.start_output_layers_from(output_layer_weight(model))
+    attach_heads(model, heads)
+    if cfg.medusa_init_from:
+        load_into(model, read_heads(heads_directory(cfg.medusa_init_from)))
+        LOG.info(f"Medusa heads start from {cfg.medusa_init_from}")
+    install_objective(model, objective_of(cfg))
+    LOG.info(
+        f"attached {heads.num_heads} Medusa heads of {heads.num_layers} residual block(s), {heads.form} output layer, "
+        f"{sum(p.numel() for p in heads.parameters()):,} parameters in {heads.dtype}"
+    )

@@ -1,0 +1,372 @@
+"""Axolotl's trainer with the Medusa objective: which parameters train and how fast, target counts, metrics, checkpoints.
+
+Contract: the loss itself is in `objective` (the model's forward) and the files are in `checkpoint`; this module only
+connects them to axolotl's trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler, Sampler
+
+from axolotl_medusa.losses.chunked import matmul_dtype
+from axolotl_medusa.losses.targets import target_counts
+from axolotl_medusa.model.anatomy import (
+    frozen_output_embedding,
+    output_embedding,
+    recompute_layers,
+)
+from axolotl_medusa.model.file_names import HEADS_FOLDER
+from axolotl_medusa.model.heads import attached_heads
+from axolotl_medusa.model.heads_directory import (
+    load_into,
+    read_heads,
+)
+from axolotl_medusa.training.datasets import token_columns_only
+from axolotl_medusa.training.hidden_cache import (
+    CachedRows,
+    CrossedSamplesError,
+    HiddenCache,
+    cache_identity,
+    dataset_samples,
+)
+from axolotl_medusa.training.objective import Objective, metric_names
+from axolotl_medusa.training.saving import HeadsSaver
+from axolotl_medusa.training.schedule import parse_schedule, scheduler_factor
+from axolotl_medusa.training.trainable import check_trainable, set_trainable
+
+LOG = get_logger(__name__)
+
+
+_LARGEST_WEIGHT = 1e4
+"""Weights of working models stay far below; NaN is not below either. Only used to name the cause of a NaN loss."""
+
+
+def stop(message: str) -> SystemExit:
+    """An exit with status 1 and one line, without the traceback that a user's mistake does not need."""
+    return SystemExit(f"axolotl-medusa: {message}")
+
+
+def objective_of(cfg: DictDefault) -> Objective:
+    """The training objective that a validated YAML asks for."""
+    return Objective(
+        only_heads=cfg.medusa_only_heads,
+        decay_coefficient=cfg.medusa_decay_coefficient,
+        lm_coefficient=cfg.medusa_lm_coefficient,
+        kl_coefficient=cfg.medusa_kl_coefficient,
+        distillation_regularization=cfg.medusa_distillation_regularization,
+        head_loss=cfg.medusa_head_loss,
+        logging=cfg.medusa_logging,
+        logging_topk=cfg.medusa_logging_topk,
+    )
+
+
+def warn_of_slow_precision(model: nn.Module, cfg: DictDefault) -> None:
+    """Says so where `bf16: true` makes training on a CPU slower instead of faster."""
+    device = frozen_output_embedding(output_embedding(model)).weight.device
+    if (cfg.bf16 or cfg.bfloat16) and matmul_dtype(torch.bfloat16, device) != torch.bfloat16:
+        LOG.warning(
+            "bf16 is on, but this CPU has no fast matmuls for it: the heads' loss is multiplied in fp32, and the backbone takes "
+            "several times as long as with bf16: false"
+        )
+
+
+class EpochShuffle(Sampler[int]):
+    """A permutation of the data set that depends on the seed and the epoch alone.
+
+    Axolotl shuffles packed data with the global random state, which a resumed run does not have at the same point; with
+    this sampler an interrupted run meets the same batches again. Accelerate calls `set_epoch` before every epoch.
+
+    Args:
+        size: Rows of the data set.
+        seed: Seed of the permutations.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+        self.packer: Any = None
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+    def __len__(self) -> int:
+        return self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch's permutation; what was packed by another one is dropped."""
+        self.epoch = epoch
+        if self.packer is not None and self.packer.epoch != epoch:
+            self.packer.set_epoch(epoch)
+
+
+class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
+    """Trains Medusa heads; `setup_medusa` must be called before training, which the plugin does.
+
+    Attributes:
+        medusa_trains: Whether this trainer was made to train; otherwise an evaluation loads the trained heads first.
+    """
+
+    medusa_trains = False
+    _cached_rows: CachedRows | None = None
+
+    def setup_medusa(self, cfg: DictDefault) -> None:
+        """Takes over the model that the plugin attached heads to.
+
+        Args:
+            cfg: The validated YAML.
+
+        Raises:
+            RuntimeError: The model has no heads, or the trainable set is not what the recipe means.
+        """
+        if self.args.n_gpu > 1:
+            raise RuntimeError(
+                f"{self.args.n_gpu} GPUs in one process (DataParallel): start with `accelerate launch -m axolotl.cli.train`, "
+                "one process a GPU"
+            )
+        self.medusa_cfg = cfg
+        self.medusa_objective = objective_of(cfg)
+        self.medusa_num_heads = attached_heads(self.model).num_heads
+        for name in ("train_dataset", "eval_dataset"):
+            setattr(self, name, token_columns_only(getattr(self, name)))
+        # The objective divides by the counts of the whole step, over all ranks; the Trainer multiplies by their number.
+        self.model_accepts_loss_kwargs = self.args.average_tokens_across_devices = True
+        self._medusa_names = metric_names(self.medusa_num_heads, self.medusa_objective)
+        self._medusa_schedule = parse_schedule(cfg.medusa_scheduler)
+        self._medusa_factor = scheduler_factor(*self._medusa_schedule, progress=0.0)
+        self._medusa_sums: dict[str, Tensor | None] = {"train": None, "eval": None}
+        set_trainable(self.model, cfg)
+        if cfg.medusa_checkpoint_layers:
+            recompute_layers(self.model, cfg.medusa_checkpoint_layers)
+        warn_of_slow_precision(self.model, cfg)
+        counts = check_trainable(self.model, cfg)
+        LOG.info("Medusa trains " + ", ".join(f"{part}: {size:,}" for part, size in counts.items()) + " parameters")
+        self._saver = HeadsSaver(self.model, cfg, self.processing_class)
+
+    def open_hidden_cache(self) -> None:
+        """Opens the `medusa_hidden_cache` of this model and training data, if the YAML wants one, and says how large it is.
+
+        Raises:
+            ValueError: It has no room, or the training data is streamed.
+        """
+        cfg = self.medusa_cfg
+        if not cfg.medusa_hidden_cache:
+            return
+        samples = dataset_samples(self.train_dataset)
+        identity = cache_identity(self.model, self.processing_class, samples, self.accelerator.mixed_precision)
+        if self.args.world_size > 1:  # ranks whose weights are still empty cannot hash them
+            identities = [identity]
+            torch.distributed.broadcast_object_list(identities, src=0)
+            (identity,) = identities
+        size, limit_gb = attached_heads(self.model).hidden_size, cfg.medusa_hidden_cache_limit_gb
+        with self.args.main_process_first(desc="reserving the hidden cache"):
+            cache = HiddenCache.open(cfg.medusa_hidden_cache, identity, samples, size, limit_gb)
+        LOG.info(
+            f"hidden cache {cache.directory}: {cache.num_rows:,} rows of {size} in bf16, {cache.num_bytes / 1e9:.3g} GB; "
+            f"{cache.num_stored} of {len(cache)} samples are stored"
+        )
+        if self.args.num_train_epochs <= 1 and self.args.max_steps <= 0 and cache.num_stored < len(cache):
+            LOG.warning(
+                "medusa_hidden_cache saves nothing in this run: with num_epochs: 1 no sample comes twice; a later run on the same "
+                "model and data uses what this one stores"
+            )
+        self._cached_rows = CachedRows(cache, self._any_rank)
+
+    def _any_rank(self, flags: list[bool]) -> list[bool]:
+        if self.args.world_size == 1:
+            return flags
+        counts = torch.tensor(flags, dtype=torch.long, device=self.accelerator.device)
+        return [bool(count) for count in self.accelerator.reduce(counts, reduction="sum").tolist()]
+
+    def _run_backbone(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """Hidden states of the counted rows, through all that is done to inputs on the way to the model's forward."""
+        model.eval()  # axolotl counts the tokens of a forward in training
+        with torch.no_grad():
+            _, outputs = super().compute_loss(model, {**inputs, "return_hidden_rows": True}, return_outputs=True)
+        model.train()
+        rows: Tensor = outputs["hidden_rows"]
+        return rows
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """Collects the micro-batches of an optimizer step and counts the targets of the base model and of each head.
+
+        Returns:
+            The micro-batches and the counts over all of them and all ranks, `[num_heads + 1]`.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        counts = torch.stack(
+            [
+                target_counts(batch["labels"], self.medusa_num_heads, batch.get("position_ids")).to(device)
+                for batch in batches
+            ]
+        ).sum(dim=0)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return batches, counts
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The objective's loss; in evaluation with the full coefficient and over the batch's own counts."""
+        coefficient = self.medusa_cfg.medusa_heads_coefficient
+        if model.training:
+            progress = self.state.global_step / max(1, self.state.max_steps)
+            self._medusa_factor = scheduler_factor(*self._medusa_schedule, progress)
+            coefficient *= self._medusa_factor
+            if self._cached_rows is not None:
+                try:
+                    rows = self._cached_rows(inputs, partial(self._run_backbone, model))
+                except CrossedSamplesError as error:
+                    raise stop(str(error)) from None
+                device = frozen_output_embedding(output_embedding(self.model)).weight.device
+                inputs = {**inputs, "hidden_rows": rows.to(device, non_blocking=True)}
+        else:
+            num_items_in_batch = None
+        loss, outputs = super().compute_loss(
+            model,
+            {**inputs, "medusa_coefficient": coefficient},
+            return_outputs=True,
+            num_items_in_batch=num_items_in_batch,
+        )
+        if model.training and not torch.isfinite(loss):
+            self._stop_on_nonfinite_loss(loss)
+        self._add_metrics("train" if model.training else "eval", outputs["metric_sums"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _stop_on_nonfinite_loss(self, loss: Tensor) -> None:
+        sizes = {name: parameter.detach().abs().max().item() for name, parameter in self.model.named_parameters()}
+        name = max(sizes, key=lambda name: math.inf if math.isnan(sizes[name]) else sizes[name])
+        largest = sizes[name]
+        if not largest < _LARGEST_WEIGHT:
+            cause = (
+                f"{name} has grown to {largest:.3g}: an earlier step was too large; lower learning_rate or "
+                "medusa_lr_multiplier, lengthen warmup_steps, or set max_grad_norm"
+            )
+        elif self.args.fp16:
+            cause = "all weights look healthy: activations overflow in fp16; train with bf16"
+        else:
+            cause = (
+                "all weights look healthy: activations overflow; check the data of this step and the model's precision"
+            )
+        raise stop(
+            f"the loss is {loss.item()} at step {self.state.global_step + 1}; {cause}. Stopped before the step changed anything; "
+            f"checkpoints in {self.args.output_dir} are untouched."
+        )
+
+    def _add_metrics(self, split: str, sums: Tensor) -> None:
+        stored = self._medusa_sums[split]
+        self._medusa_sums[split] = sums if stored is None else stored + sums
+
+    def _pop_metrics(self, split: str, prefix: str = "") -> dict[str, float]:
+        """Averages since the last call, over all ranks; every rank must call it."""
+        sums, self._medusa_sums[split] = self._medusa_sums[split], None
+        if sums is None:
+            return {}
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        values = (sums[:, 0] / sums[:, 1]).tolist()
+        return {
+            prefix + name: value for name, value in zip(self._medusa_names, values, strict=True) if math.isfinite(value)
+        }
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the heads' metrics of the logging interval to a training log."""
+        if "loss" in logs:
+            logs |= self._pop_metrics("train")
+            logs["medusa_scheduler_coefficient"] = self._medusa_factor
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Adds the heads' metrics to an evaluation, so that `metric_for_best_model` finds them."""
+        if not self.medusa_trains:
+            self._load_trained_heads()
+        self._medusa_sums["eval"] = None
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._pop_metrics("eval", f"{metric_key_prefix}_"))
+        return output
+
+    def _create_multipack_sampler(self, base_sampler: Sampler[int], dataset: Any) -> Any:
+        if isinstance(base_sampler, RandomSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            base_sampler = EpochShuffle(len(dataset), seed)
+        packer = super()._create_multipack_sampler(base_sampler, dataset)
+        if isinstance(base_sampler, EpochShuffle):
+            base_sampler.packer = packer
+        return packer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Axolotl's optimizer, with the heads in parameter groups of their own learning rate."""
+        optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
+        multiplier = self.medusa_cfg.medusa_lr_multiplier
+        if multiplier == 1.0:
+            return optimizer
+        own = {id(parameter) for parameter in attached_heads(self.model).parameters()}
+        for group in list(optimizer.param_groups):
+            heads = [parameter for parameter in group["params"] if id(parameter) in own]
+            if not heads:
+                continue
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            options = {key: value for key, value in group.items() if key != "params"}
+            optimizer.add_param_group({**options, "params": heads, "lr": options["lr"] * multiplier})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the backbone (Medusa-2 only) and the heads; the heads are gathered on every rank first."""
+        self._saver.collected = self._saver.collect()
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._saver.collected = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._engine_keeps_heads or not self.medusa_cfg.medusa_only_heads:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._engine_keeps_heads:
+            self._load_heads(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self._engine_keeps_heads or not self.medusa_cfg.medusa_only_heads:
+            super()._load_best_model()
+        if not self._engine_keeps_heads:
+            self._load_heads(self.state.best_model_checkpoint)
+
+    @property
+    def _engine_keeps_heads(self) -> bool:
+        """Whether checkpoints hold the state of an engine that wraps the whole model, heads included."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _load_trained_heads(self) -> None:
+        """For `axolotl evaluate`: the heads of medusa_init_from are attached already, else those of output_dir are wanted."""
+        if self.medusa_cfg.medusa_init_from:
+            return
+        if not (Path(self.args.output_dir) / HEADS_FOLDER).is_dir():
+            LOG.warning(
+                f"evaluating untrained heads: {self.args.output_dir} holds no {HEADS_FOLDER} and medusa_init_from is not set"
+            )
+            return
+        self._load_heads(self.args.output_dir)
+
+    def _load_heads(self, checkpoint: str) -> None:
+        load_into(self.model, read_heads(Path(checkpoint) / HEADS_FOLDER))
+        LOG.info(f"Medusa heads loaded from {checkpoint}")

@@ -1,0 +1,127 @@
+"""Pushing: what the Hub's client is asked to do, and what never leaves the machine."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+from axolotl_medusa.serving.push import push
+
+
+class Api:
+    """Stands in for `HfApi`; what it was asked is in `asked`."""
+
+    asked: list[tuple]
+    error: Exception | None = None
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        self.asked.append(("create", repo_id, private, exist_ok))
+        if self.error is not None:
+            raise self.error
+        return f"https://hub.invalid/{repo_id}"
+
+    def upload_folder(self, *, folder_path, repo_id, commit_message):
+        self.asked.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir()), commit_message))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    Api.asked, Api.error = [], None
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    return Api
+
+
+@pytest.fixture
+def exported(tmp_path):
+    directory = tmp_path / "export"
+    directory.mkdir()
+    for name in ("README.md", "model.safetensors", "config.json"):
+        (directory / name).write_text("{}")
+    return directory
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_push_creates_the_repository_and_uploads_the_directory_with_its_card(private, hub, exported):
+    assert push(exported, "me/heads", private=private) == "https://hub.invalid/me/heads"
+    assert hub.asked == [
+        ("create", "me/heads", private, True),
+        (
+            "upload",
+            "me/heads",
+            ["README.md", "config.json", "model.safetensors"],
+            "Medusa heads, exported by axolotl-medusa",
+        ),
+    ]
+
+
+def test_push_takes_torch_weights_too(hub, exported):
+    (exported / "model.safetensors").rename(exported / "medusa_lm_head.pt")
+    push(str(exported), "me/heads")
+    assert len(hub.asked) == 2
+
+
+@pytest.mark.parametrize("missing", ["README.md", "model.safetensors"])
+def test_directory_that_is_no_export_is_not_pushed(missing, hub, exported):
+    (exported / missing).unlink()
+    with pytest.raises(ValueError, match=r"has no README\.md with weights beside it: write an export with"):
+        push(exported, "me/heads")
+    assert hub.asked == []
+
+
+def test_missing_directory_is_not_pushed(hub, tmp_path):
+    with pytest.raises(ValueError, match="none is not a directory: expected one that `axolotl-medusa export` wrote"):
+        push(tmp_path / "none", "me/heads")
+    assert hub.asked == []
+
+
+def test_unfinished_export_is_not_pushed(hub, exported):
+    (exported / "backbone").mkdir()
+    (exported / "backbone" / "model.safetensors.part").touch()
+    with pytest.raises(ValueError, match=r"model\.safetensors\.part is half a file"):
+        push(exported, "me/heads")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_secret"),
+    [
+        ("comet_api_key", "abc", True),
+        ("hub_token", "abc", True),
+        ("hf_use_auth_token", "abc", True),
+        ("hf_use_auth_token", True, False),
+        ("comet_api_key", "", False),
+        ("eos_token", "</s>", False),
+        ("token_ids", "1", False),
+    ],
+)
+@pytest.mark.parametrize(
+    "nest", [lambda value: value, lambda value: {"list": [{"inner": value}]}], ids=["top", "nested"]
+)
+def test_secret_of_the_yaml_is_not_published(nest, key, value, is_secret, hub, exported):
+    (exported / "medusa_meta.json").write_text(json.dumps({"yaml": nest({key: value})}))
+    if not is_secret:
+        push(exported, "me/heads")
+        return
+    with pytest.raises(ValueError, match=f"holds the YAML's {key}, which would be published"):
+        push(exported, "me/heads")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalTokenNotFoundError("Token is required\n(`token=True`), but no token found."),
+        HFValidationError("Repo id must be in the form 'name' or 'owner/name'"),
+        httpx.ConnectError("Name or service not known"),
+    ],
+)
+def test_refusal_of_the_hub_is_one_line_with_its_reason(error, hub, exported):
+    hub.error = error
+    with pytest.raises(
+        ValueError, match=r"the Hub refused me/heads: .*log in with `hf auth login` or check the name"
+    ) as caught:
+        push(exported, "me/heads")
+    assert str(error).split()[0] in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,289 @@
+"""The commands evaluate, tree, generate and chat, on runs as training leaves them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import add_lora, make_model
+from decoding_models import varied_model
+from example_tokenizers import make_tokenizer
+from training_outputs import as_if_trained, save_base, write_run
+
+from axolotl_medusa.cli import main
+from axolotl_medusa.decoding.load_decoder import load_original
+from axolotl_medusa.decoding.medusa_model import MedusaModel
+from axolotl_medusa.decoding.tree import read_tree
+
+VOCABULARY = {"vocab_size": 300, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Output directories of Medusa-1 and of Medusa-2 with an adapter, of the same base model, and prompts."""
+    directory = tmp_path_factory.mktemp("runs")
+    base = save_base(directory / "base", varied_model(**VOCABULARY))
+    adapted = add_lora(varied_model(**VOCABULARY), targets=["q_proj", "v_proj"])
+    as_if_trained(adapted)
+    write_run(directory / "medusa-1", varied_model(**VOCABULARY), "medusa-1", base)
+    write_run(directory / "medusa-2", adapted, "medusa-2", base)
+    tokenizer = make_tokenizer("zephyr")
+    for folder in directory.rglob("tokenizer.json"):
+        tokenizer.save_pretrained(folder.parent)
+    rows = [{"id": str(i), "prompt": "abc"[i:], "category": "xy"[i % 2]} for i in range(3)]
+    (directory / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]
+    (directory / "held_out.jsonl").write_text(json.dumps({"messages": turns}))
+    return directory
+
+
+def run(capsys, *arguments, status=0):
+    found = main([*map(str, arguments)])
+    printed = capsys.readouterr()
+    assert found == status, printed.err
+    return printed
+
+
+def test_evaluate_writes_a_report_and_prints_it(runs, capsys, tmp_path):
+    out = run(
+        capsys, "evaluate", runs / "medusa-1", "--prompts", runs / "prompts.jsonl", "--max-new-tokens", 8,
+        "--limit", 2, "--json", tmp_path / "report.json", "--tree", "default-4", "--seed", 5,
+    ).out  # fmt: skip
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {"versions", "hardware", "model", "seed", "trees", "overall", "categories", "steps"} <= report.keys()
+    assert (report["seed"], report["max_new_tokens"], report["overall"]["prompts"]) == (5, 8, 2)
+    assert list(report["categories"]) == ["x", "y"]
+    assert len(report["trees"]["chain"]) == len(report["trees"]["tree"]) == 3
+    assert list(report["steps"]["ratios"]) == ["1", "4", "8", "16", "32", "64"]
+    assert all(row["agreement"] == 1 for row in report["overall"]["decoders"].values())
+    assert "quality" not in report
+    assert "\nall prompts (2)\n" in out and "\nx (1)\n" in out
+    assert "output equal to plain for 100.0% of prompts" in out and "a step by nodes" in out
+
+
+@pytest.mark.parametrize("original", [False, True], ids=["adapter off", "original named"])
+def test_evaluate_compares_the_backbone_with_the_original(original, runs, capsys, tmp_path):
+    options = ["--original", runs / "base"] if original else []
+    out = run(
+        capsys, "evaluate", runs / "medusa-2", "--prompts", runs / "prompts.jsonl", "--max-new-tokens", 3, "--limit", 1,
+        "--json", tmp_path / "report.json", "--held-out", runs / "held_out.jsonl", *options,
+    ).out  # fmt: skip
+    quality = json.loads((tmp_path / "report.json").read_text())["quality"]
+    assert (
+        quality["tokens"] == len(make_tokenizer("zephyr")("<|user|>\nHi</s>\n<|assistant|>\nHello there</s>\n")[0]) - 1
+    )
+    assert quality["kl"] > 0.001 and quality["perplexity"] != quality["original_perplexity"]
+    assert f"backbone on {quality['tokens']} held-out tokens: perplexity" in out
+
+
+def test_original_of_an_adapter_is_not_loaded_a_second_time(runs):
+    assert load_original(runs / "medusa-2", None, None, torch.device("cpu")) is None
+
+
+def test_evaluate_says_that_matplotlib_is_missing_before_it_measures(runs, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    printed = run(capsys, "evaluate", "nowhere", "--prompts", "none", "--plots", "dir", status=1)
+    assert printed.err == (
+        "axolotl-medusa evaluate: error: plots need matplotlib, which is not installed: pip install matplotlib\n"
+    )
+
+
+def test_evaluate_hands_its_report_to_the_plots(runs, capsys, monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr("axolotl_medusa.terminal.commands.check_matplotlib", lambda: None)
+    monkeypatch.setattr(
+        "axolotl_medusa.terminal.commands.write_plots", lambda report, to: given.append((report, to)) or ["a.png"]
+    )
+    options = ["--max-new-tokens", 3, "--limit", 1, "--plots", tmp_path]
+    out = run(capsys, "evaluate", runs / "medusa-1", "--prompts", runs / "prompts.jsonl", *options).out
+    assert out.endswith("plot: a.png\n")
+    assert given[0][1] == str(tmp_path) and given[0][0]["overall"]["prompts"] == 1
+
+
+def test_tree_writes_a_tree_that_evaluate_reads(runs, capsys, tmp_path):
+    out = run(
+        capsys, "tree", runs / "medusa-1", "--calibration", runs / "prompts.jsonl", "--nodes", 6,
+        "--out", tmp_path / "tree.json", "--max-new-tokens", 12,
+    ).out  # fmt: skip
+    facts = json.loads((tmp_path / "tree.json").read_text())
+    tree = read_tree(tmp_path / "tree.json")
+    assert facts["num_nodes"] == tree.num_nodes <= 6
+    lengths = facts["expected_acceptance_lengths"]
+    assert lengths == sorted(lengths) and lengths[0] == 1
+    assert facts["expected_acceptance_length"] == lengths[tree.num_nodes - 1]
+    assert {"versions", "hardware", "step_ratios", "plain_step_s", "reasons", "calibration"} <= facts.keys()
+    table = out.splitlines()
+    assert table[0].split() == ["nodes", "expected", "acceptance", "length", "step", "/", "plain", "step"]
+    assert [row.split()[0] for row in table[1 : 1 + len(lengths)]] == [str(n) for n in range(1, len(lengths) + 1)]
+    assert facts["reasons"][-1] in table
+    assert facts["calibrated_on"] == 2 and len(facts["checked_on"]) == bool(facts["measured_speed_ups"])
+    for nodes, speed_up in facts["measured_speed_ups"].items():
+        assert f"{nodes} nodes measured: {speed_up:.3f} x plain on 1 held-out prompts (chosen with 2 others)" in table
+    assert table[-1] == f"written to {tmp_path / 'tree.json'}: {tree.num_nodes} nodes, depth {tree.depth}"
+    run(
+        capsys, "evaluate", runs / "medusa-1", "--prompts", runs / "prompts.jsonl", "--limit", 1,
+        "--tree", tmp_path / "tree.json", "--max-new-tokens", 3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tree", ["none", "chain-2", "default"])
+def test_generate_prints_the_greedy_answer_with_any_tree(tree, runs, capsys):
+    tokenizer = make_tokenizer("zephyr")
+    prompt = tokenizer("<|user|>\nHi</s>\n", return_tensors="pt").input_ids
+    new = varied_model(**VOCABULARY).generate(prompt, max_new_tokens=9, do_sample=False)[0, prompt.shape[1] :]
+    printed = run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--tree", tree, "--max-new-tokens", 9)
+    assert printed.out == tokenizer.decode(new, skip_special_tokens=True) + "\n"
+    assert printed.err.splitlines()[-1].startswith("[9 tokens, ")
+
+
+def test_generate_with_an_adapter_is_the_adapted_models_answer(runs, capsys):
+    one, other = (
+        run(capsys, "generate", runs / name, "--prompt", "Hi", "--max-new-tokens", 20).out
+        for name in ("medusa-1", "medusa-2")
+    )
+    assert one != other
+
+
+def test_temperature_reaches_sampling(runs, capsys):
+    torch.manual_seed(0)
+    command = ["generate", runs / "medusa-1", "--prompt", "Hi", "--max-new-tokens", 9, "--temperature"]
+    greedy = run(capsys, *command, 0).out
+    assert {run(capsys, *command, 3.0).out for _ in range(2)} != {greedy}
+    assert "temperature is -1.0, expected 0" in run(capsys, *command, -1, status=1).err
+
+
+def test_chat_answers_in_colour_on_a_terminal_only(runs, capsys, monkeypatch):
+    coloured = []
+    for terminal in (False, True):
+        lines = iter(["Hi", "/exit"])
+        monkeypatch.setattr("builtins.input", lambda _, lines=lines: next(lines))
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(
+            "axolotl_medusa.terminal.commands.Chat.run", lambda self: coloured.append(self.answerer.colour)
+        )
+        run(capsys, "chat", runs / "medusa-1", "--max-new-tokens", 5)
+    assert coloured == [False, True]
+
+
+def test_chat_reads_the_terminal(runs, capsys, monkeypatch):
+    lines = iter(["Hi", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    out = run(capsys, "chat", runs / "medusa-1", "--max-new-tokens", 5).out
+    assert "[5 tokens, " in out and "acceptance length" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [("--load-in-8bit", {"threshold": 0.0}), ("--load-in-4bit", {"quant_type": "nf4"})],
+)
+def test_quantization_reaches_the_loader(option, wanted, runs, capsys, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    given = {}
+
+    def refuse(heads, base_model, dtype, device, **options):
+        given.update(options, base_model=base_model)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(MedusaModel, "from_pretrained", refuse)
+    base = str(runs / "base")
+    run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", option, "--base-model", base, status=1)
+    config = given["quantization_config"]
+    assert given["base_model"] == base
+    assert (config.load_in_8bit, config.load_in_4bit) == (option == "--load-in-8bit", option == "--load-in-4bit")
+    assert config.llm_int8_threshold == wanted.get("threshold", config.llm_int8_threshold)
+    assert config.bnb_4bit_quant_type == wanted.get("quant_type", config.bnb_4bit_quant_type)
+
+
+def test_8_bit_text_with_outliers_does_not_depend_on_the_tree(runs, capsys):
+    """Activations far above bitsandbytes' default threshold of 6, which would take other columns for every tree."""
+    pytest.importorskip("bitsandbytes")
+    base = varied_model(**VOCABULARY)
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.input_layernorm.weight.mul_(8)
+            layer.post_attention_layernorm.weight.mul_(8)
+    directory = runs / "outliers"
+    write_run(directory / "run", base, "medusa-1", save_base(directory / "base", base))
+    for folder in ("base", "run", "run/medusa_heads"):
+        make_tokenizer("zephyr").save_pretrained(directory / folder)
+    command = [
+        "generate",
+        directory / "run",
+        "--prompt",
+        "Hi",
+        "--max-new-tokens",
+        40,
+        "--load-in-8bit",
+        "--dtype",
+        "fp32",
+    ]
+    texts = {run(capsys, *command, "--tree", tree).out for tree in ("none", "chain", "default")}
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "evaluate"])
+def test_compile_reaches_the_decoder(command, runs, capsys, monkeypatch):
+    compiled = []
+
+    class Compiled:
+        def __init__(self, model, backend):
+            compiled.append(backend)
+            raise RuntimeError("nothing can be compiled")
+
+    monkeypatch.setattr("axolotl_medusa.decoding.medusa_model.CompiledBackbone", Compiled)
+    monkeypatch.setattr("builtins.input", lambda _: "Hi")
+    options = {"generate": ["--prompt", "Hi"], "evaluate": ["--prompts", runs / "prompts.jsonl"], "chat": []}[command]
+    error = run(capsys, command, runs / "medusa-1", *options, "--compile", status=1).err
+    assert error.endswith(f"axolotl-medusa {command}: error: nothing can be compiled\n")
+    assert compiled == ["inductor"]
+
+
+@pytest.mark.parametrize(("option", "dtype"), [("auto", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+def test_dtype_reaches_the_loader(option, dtype, runs, capsys, tmp_path):
+    run(
+        capsys, "evaluate", runs / "medusa-1", "--prompts", runs / "prompts.jsonl", "--limit", 1, "--max-new-tokens", 2,
+        "--dtype", option, "--json", tmp_path / "report.json",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "report.json").read_text())["model"]["dtype"] == dtype
+
+
+def test_demo_shows_both_texts_and_the_speed_up(runs, capsys):
+    out = run(capsys, "demo", runs / "medusa-1", "--prompt", "Hi", "--max-new-tokens", 8).out.splitlines()
+    assert out[0].split() == ["plain", "|", "Medusa"]
+    assert out[-3].startswith("plain: 8 tokens, ") and out[-2].startswith("Medusa: 8 tokens, ")
+    assert out[-1].startswith("speed-up: ") and out[-1].endswith("x plain decoding, the same text")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "{runs}/medusa-1", "--prompt", "x" * 200], "tokens, but the model's context has 128: shorten it"),
+        (["generate", "{runs}/none", "--prompt", "Hi"], "is not a directory: expected an output_dir"),
+        (["generate", "{runs}/medusa-1", "--prompt", "Hi", "--tree", "oak"], "unknown tree oak: expected none, chain"),
+        (["generate", "{runs}/medusa-1", "--prompt", "x" * 200], "tokens, but the model's context has 128: shorten it"),
+        (["generate", "{runs}/medusa-1", "--prompt", "Hi", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["generate", "{runs}/medusa-1", "--prompt", "Hi", "--base-model", "{runs}/other"], "is another than the one"),
+        (["generate", "{runs}/medusa-1", "--prompt", "Hi", "--load-in-8bit", "--load-in-4bit"], "both 8-bit and 4-bit"),
+        (["evaluate", "{runs}/medusa-1", "--prompts", "none.jsonl"], "none.jsonl cannot be read"),
+        (["tree", "{runs}/medusa-1", "--calibration", "{runs}/prompts.jsonl", "--out", "t", "--nodes", "0"],
+         "a tree of 0 nodes was asked for"),
+        (["evaluate", "{runs}/medusa-1", "--prompts", "{runs}/prompts.jsonl", "--held-out", "{runs}/held_out.jsonl",
+          "--original", "{runs}/none", "--limit", "1", "--max-new-tokens", "2"], "the original model"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_line(arguments, message, runs, capsys):
+    if not (runs / "other").exists():
+        save_base(runs / "other", make_model(seed=3, **VOCABULARY))
+        make_tokenizer("zephyr").save_pretrained(runs / "other")
+    error = run(capsys, *(part.format(runs=runs) for part in arguments), status=1).err.splitlines()[-1]
+    assert error.startswith(f"axolotl-medusa {arguments[0]}: error: ")
+    assert message in error
+
+
+def test_missing_bitsandbytes_is_one_line(runs, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    printed = run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--load-in-8bit", status=1)
+    assert printed.err.splitlines()[-1].endswith("8-bit and 4-bit models need bitsandbytes: pip install bitsandbytes")

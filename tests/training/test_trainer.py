@@ -1,0 +1,196 @@
+"""What the trainer makes of the YAML: the objective, the trainable set, the order of the data."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+from axolotl.utils.dict import DictDefault
+from conftest import HIDDEN, VOCAB, add_lora, make_model
+from datasets import Dataset
+
+from axolotl_medusa.losses import chunked as chunked_loss
+from axolotl_medusa.model.heads import MedusaHeads, attach_heads
+from axolotl_medusa.training import trainer as trainer_module
+from axolotl_medusa.training.args import MedusaArgs
+from axolotl_medusa.training.objective import metric_names
+from axolotl_medusa.training.trainable import check_trainable, heads_dtype, set_trainable
+from axolotl_medusa.training.trainer import EpochShuffle, MedusaTrainer, objective_of, warn_of_slow_precision
+
+
+def config(**keys):
+    """A validated YAML: our keys with their defaults, and axolotl's as they are."""
+    ours = {key: value for key, value in keys.items() if key in MedusaArgs.model_fields}
+    args = MedusaArgs.model_validate({"medusa_num_heads": 2, **ours})
+    return DictDefault({**keys, **args.model_dump()})
+
+
+def with_heads(model):
+    attach_heads(model, MedusaHeads(HIDDEN, VOCAB, 2))
+    return model
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("medusa_only_heads", True),
+        ("medusa_decay_coefficient", 0.5),
+        ("medusa_lm_coefficient", 0.5),
+        ("medusa_kl_coefficient", 0.5),
+        ("medusa_self_distillation", True),
+        ("medusa_distillation_regularization", 0.5),
+        ("medusa_head_loss", "kl"),
+        ("medusa_logging", False),
+        ("medusa_logging_topk", 3),
+    ],
+)
+def test_objective_of_turning_a_key_changes_the_objective(key, value):
+    assert objective_of(config(**{key: value})) != objective_of(config())
+
+
+def test_metric_names_without_logging_are_losses_only():
+    names = metric_names(2, objective_of(config(medusa_logging=False)))
+    assert names == ["base_loss", "medusa0_loss", "medusa1_loss"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_fast", "expected"),
+    [
+        (dict(bf16=True), False, 1),
+        (dict(bfloat16=True), False, 1),
+        (dict(bf16=True), True, 0),
+        (dict(bf16=False), False, 0),
+    ],
+)
+def test_bf16_on_a_cpu_without_fast_matmuls_for_it_is_warned_of(keys, is_fast, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(chunked_loss, "multiplies_bf16", lambda: is_fast)
+    monkeypatch.setattr(trainer_module.LOG, "warning", seen.append)
+    warn_of_slow_precision(with_heads(make_model()), config(**keys))
+    assert len(seen) == expected
+    assert all("bf16: false" in message for message in seen)
+
+
+def test_set_trainable_medusa1_is_the_heads_alone():
+    model = with_heads(make_model())
+    set_trainable(model, config(medusa_only_heads=True))
+    assert trainable(model) == {name for name, _ in model.named_parameters() if name.startswith("medusa_heads.")}
+    counts = check_trainable(model, config(medusa_only_heads=True))
+    assert counts["heads"] > 0 and counts["adapter"] == counts["backbone"] == 0
+
+
+def test_set_trainable_medusa1_freezes_an_adapter_too():
+    model = with_heads(add_lora(make_model()))
+    set_trainable(model, config(medusa_only_heads=True, adapter="qlora"))
+    assert not [name for name in trainable(model) if "lora_" in name]
+
+
+def test_set_trainable_with_lora_is_adapter_and_heads():
+    model = with_heads(add_lora(make_model()))
+    set_trainable(model, config(adapter="lora"))
+    assert all("lora_" in name or "medusa_heads" in name for name in trainable(model))
+    counts = check_trainable(model, config(adapter="lora"))
+    assert counts["adapter"] > 0 and counts["backbone"] == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "norm"),
+    [
+        ("llama", "model.layers.1.", "model.norm."),
+        ("phi-lm-head-bias", "model.layers.1.", "model.final_layernorm."),
+        ("gpt2", "transformer.h.1.", "transformer.ln_f."),
+    ],
+)
+def test_set_trainable_last_layers_are_the_last_layers_and_the_final_norm(family, layer, norm):
+    model = with_heads(make_model(family))
+    set_trainable(model, config(medusa_num_unfreeze_layers=1))
+    names = {name for name in trainable(model) if not name.startswith("medusa_heads.")}
+    assert all(name.startswith((layer, norm)) for name in names)
+    assert any(name.startswith(layer) for name in names) and any(name.startswith(norm) for name in names)
+
+
+def test_set_trainable_more_layers_than_the_model_has_is_an_error():
+    with pytest.raises(ValueError, match="medusa_num_unfreeze_layers is 3 but the model has 2 decoder layers"):
+        set_trainable(with_heads(make_model()), config(medusa_num_unfreeze_layers=3))
+
+
+def test_check_trainable_frozen_heads_are_an_error():
+    model = with_heads(make_model())
+    model.medusa_heads[0].requires_grad_(False)
+    with pytest.raises(RuntimeError, match="tensors of the heads are frozen"):
+        check_trainable(model, config())
+
+
+def test_check_trainable_backbone_beside_medusa1_is_an_error():
+    model = with_heads(make_model())
+    with pytest.raises(RuntimeError, match="beside the heads are trainable"):
+        check_trainable(model, config(medusa_only_heads=True))
+
+
+def test_check_trainable_medusa2_without_backbone_is_an_error():
+    model = with_heads(make_model())
+    set_trainable(model, config(medusa_only_heads=True))
+    with pytest.raises(RuntimeError, match="none of it is trainable"):
+        check_trainable(model, config())
+
+
+def test_check_trainable_backbone_beside_an_adapter_is_an_error():
+    model = with_heads(add_lora(make_model()))
+    model.get_base_model().model.norm.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="so would the backbone"):
+        check_trainable(model, config(adapter="lora"))
+
+
+def test_heads_dtype_is_fp32_under_autocast_and_the_backbones_without():
+    model = make_model().bfloat16()
+    assert str(heads_dtype(model, config(bf16=True))) == "torch.float32"
+    assert str(heads_dtype(model, config(bf16=False))) == "torch.bfloat16"
+
+
+def test_epoch_shuffle_depends_on_seed_and_epoch_alone():
+    one, two = EpochShuffle(50, seed=1), EpochShuffle(50, seed=1)
+    assert list(one) == list(two) == list(one)
+    assert sorted(one) == list(range(50))
+    one.set_epoch(1)
+    assert list(one) != list(two)
+    two.set_epoch(1)
+    assert list(one) == list(two)
+    assert list(EpochShuffle(50, seed=2)) != list(EpochShuffle(50, seed=1))
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = {"info": [], "warning": []}
+    monkeypatch.setattr(
+        trainer_module, "LOG", SimpleNamespace(info=lines["info"].append, warning=lines["warning"].append)
+    )
+    return lines
+
+
+@pytest.mark.parametrize(("epochs", "max_steps", "warned"), [(1, -1, True), (2, -1, False), (1, 50, False)])
+def test_open_hidden_cache_announces_its_size_and_warns_where_no_sample_comes_twice(
+    tmp_path, said, epochs, max_steps, warned
+):
+    trainer = SimpleNamespace(
+        medusa_cfg=config(
+            medusa_only_heads=True, medusa_hidden_cache=str(tmp_path / "c"), medusa_hidden_cache_limit_gb=0.5
+        ),
+        model=with_heads(make_model()),
+        processing_class=SimpleNamespace(get_vocab=dict),
+        train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]]}),
+        accelerator=SimpleNamespace(mixed_precision="no"),
+        args=SimpleNamespace(
+            world_size=1, num_train_epochs=epochs, max_steps=max_steps, main_process_first=lambda desc: nullcontext()
+        ),
+        _any_rank=list,
+    )
+    MedusaTrainer.open_hidden_cache(trainer)
+    (line,) = said["info"]
+    assert line.endswith("2 rows of 32 in bf16, 1.28e-07 GB; 0 of 1 samples are stored")
+    assert bool(said["warning"]) is warned
+    assert trainer._cached_rows.cache.directory.parent == tmp_path / "c"
