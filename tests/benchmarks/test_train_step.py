@@ -202,7 +202,7 @@ def test_train_step_script_on_a_tiny_model_writes_its_figures(tmp_path):
     out = tmp_path / "result.json"
     step = "smollm2 medusa-2 separate bf16"
     steps, heads_loss = [step, f"{step} 18 layers recomputed"], "heads-loss smollm2 separate bf16"
-    command = [sys.executable, "benchmarks/train_step.py", "--model", tmp_path / "model", "--json", out]
+    command = [sys.executable, "-m", "benchmarks.train_step", "--model", tmp_path / "model", "--json", out]
     sizes = ["--batch", "1", "--seq", "64", "--heads", "2", "--rounds", "1"]
     done = subprocess.run(
         [*command, *sizes, "--cases", step, heads_loss], cwd=ROOT, capture_output=True, text=True, timeout=900
@@ -297,7 +297,7 @@ def test_gpu_kernels_sum_up_by_kind_and_name_the_largest():
 def test_train_step_measure_takes_a_whole_step_in_one_process():
     case = Case("wide", "medusa-1", "shared", "fp32", vocab=300, seq=32, heads=2)
     sides = ["--side", "ours", "--side", "reference", "--rounds", "1"]
-    command = [sys.executable, "benchmarks/train_step_measure.py", "step", case.to_json(), *sides]
+    command = [sys.executable, "-m", "benchmarks.train_step.measure", "step", case.to_json(), *sides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -350,7 +350,7 @@ def test_train_step_script_says_what_needs_a_gpu(flags, message, tmp_path, monke
 
 
 def test_train_step_script_names_what_can_be_selected(tmp_path):
-    command = [sys.executable, "benchmarks/train_step.py", "--cases", "medusa-3", "--json", tmp_path / "x.json"]
+    command = [sys.executable, "-m", "benchmarks.train_step", "--cases", "medusa-3", "--json", tmp_path / "x.json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "smollm2 medusa-1 separate fp32" in done.stderr
@@ -359,6 +359,6 @@ def test_train_step_script_names_what_can_be_selected(tmp_path):
 
 def test_train_step_measure_says_that_a_model_does_not_fit():
     case = Case("wide", "medusa-1", "shared", "fp32", vocab=2**36)
-    command = [sys.executable, "benchmarks/train_step_measure.py", "memory", case.to_json(), "--side", "ours"]
+    command = [sys.executable, "-m", "benchmarks.train_step.measure", "memory", case.to_json(), "--side", "ours"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert json.loads(done.stdout) == {"does_not_fit": True}, done.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from conftest import DEVICE
-from test_loss import ATOL, HIDDEN, LOSSES, ROWS, RTOL, VOCAB
+from loss_cases import ATOL, HIDDEN, LOSSES, ROWS, RTOL, VOCAB, output_layer
 from torch.nn import functional as F
 
 from axolotl_medusa.losses import chunked as chunked_loss
@@ -57,12 +57,6 @@ class Case:
     @property
     def wanted(self):
         return [tensor for tensor in (self.hidden, *self.linear.parameters()) if tensor.requires_grad]
-
-
-def output_layer(linear, project=None, dtype=torch.float32) -> OutputLayer:
-    """A layer as the objective describes it: only one without bias is a mere matmul."""
-    weight = linear.weight if linear.bias is None else None
-    return OutputLayer(project or linear, linear.out_features, list(linear.parameters()), weight, dtype)
 
 
 CHUNK_LOGITS = "CHUNK_LOGITS" if DEVICE == "cpu" else "ACCELERATOR_CHUNK_LOGITS"

@@ -12,9 +12,9 @@ pytest.importorskip("liger_kernel")
 
 CHECK = """
 import torch
-from axolotl_medusa import closed_form
-from axolotl_medusa.closed_form import Accuracies, gradient_in_place
-from axolotl_medusa.loss import RowLossWeights
+from axolotl_medusa.losses import closed_form
+from axolotl_medusa.losses.closed_form import Accuracies, gradient_in_place
+from axolotl_medusa.losses.reference import RowLossWeights
 
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):

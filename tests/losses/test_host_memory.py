@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_chunked_loss import output_layer
+from loss_cases import output_layer
 
 from axolotl_medusa.losses import chunked as chunked_loss
 from axolotl_medusa.losses import host_memory

@@ -316,8 +316,8 @@ def test_interrupted_export_can_be_repeated(tmp_path, monkeypatch):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from axolotl_medusa.export import export
-from axolotl_medusa.sources import find_source
+from axolotl_medusa.serving.export import export
+from axolotl_medusa.model.sources import find_source
 
 def memory(key):
     return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -415,8 +415,8 @@ def test_merge_needs_neither_transformers_nor_peft(tmp_path):
     code = f"""
         import sys
         sys.modules["transformers"] = sys.modules["peft"] = None  # importing them raises ImportError
-        from axolotl_medusa.backbone import merged_tensors, served_config
-        from axolotl_medusa.sources import Source, find_source
+        from axolotl_medusa.serving.served_model import merged_tensors, served_config
+        from axolotl_medusa.model.sources import Source, find_source
         source = find_source({str(source.output_dir)!r})
         print(len([tensor.load() for tensor in merged_tensors(source)]), served_config(source)["vocab_size"])
     """
@@ -489,9 +489,9 @@ def test_merge_needs_less_memory_than_the_largest_shard(tmp_path):
     assert max(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors")) < LARGEST_SHARD + MEGABYTE
     code = f"""
         from pathlib import Path
-        from axolotl_medusa.backbone import lm_head, merged_tensors
-        from axolotl_medusa.sources import Source
-        from axolotl_medusa.tensor_files import write_sharded
+        from axolotl_medusa.serving.served_model import lm_head, merged_tensors
+        from axolotl_medusa.model.sources import Source
+        from axolotl_medusa.model.tensor_files import write_sharded
 
         def kilobytes(key):
             lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())

@@ -396,5 +396,9 @@ def test_importing_args_loads_neither_axolotl_nor_torch_nor_our_other_modules():
     }
     assert {name for name in modules if name.startswith("axolotl_medusa")} == {
         "axolotl_medusa",
+        "axolotl_medusa.model",
+        "axolotl_medusa.model.file_names",
+        "axolotl_medusa.training",
         "axolotl_medusa.training.args",
+        "axolotl_medusa.training.schedule",
     }

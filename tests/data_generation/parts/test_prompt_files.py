@@ -111,7 +111,7 @@ def test_read_rows_with_limit_reads_no_further(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts_heldout.jsonl"])
 def test_prompts_of_the_repository_load_with_unique_ids_and_texts(name: str) -> None:
-    path = str(Path(prompt_files.__file__).with_name(name))
+    path = str(Path(prompt_files.__file__).parents[1] / name)
     rows = list(read_rows(path))
     assert len({row.digest for row in rows}) == len(rows) > 0
     assert check_rows(path) == InputSize(len(rows), len(rows))

@@ -1,0 +1,28 @@
+"""Losses that the fast forms are held to, and how closely."""
+
+from __future__ import annotations
+
+import torch
+
+from axolotl_medusa.losses.chunked import OutputLayer
+from axolotl_medusa.losses.reference import RowLossWeights
+
+ROWS, HIDDEN, VOCAB = 23, 6, 37
+
+
+RTOL, ATOL = 1e-5, 1e-6  # fp32 rounding of the same sums in another order
+
+
+LOSSES = {
+    "ce": RowLossWeights(),
+    "weighted-ce": RowLossWeights(cross_entropy=0.3),
+    "own-softmax": RowLossWeights(own_softmax=0.4),
+    "kl": RowLossWeights(cross_entropy=0.0, kl=1.0),
+    "all-terms": RowLossWeights(cross_entropy=0.7, kl=1.3, own_softmax=0.25),
+}
+
+
+def output_layer(linear, project=None, dtype=torch.float32) -> OutputLayer:
+    """A layer as the objective describes it: only one without bias is a mere matmul."""
+    weight = linear.weight if linear.bias is None else None
+    return OutputLayer(project or linear, linear.out_features, list(linear.parameters()), weight, dtype)
