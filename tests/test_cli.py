@@ -53,17 +53,17 @@ def test_export_passes_its_defaults(calls, capsys):
     assert main(["export", *USAGE["export"]]) == 0
     assert calls == [
         ("find_source", ("out", None), {}),
-        ("export", ("the source", "vllm", "dir"), {"backbone": "none", "verify": True}),
+        ("export", ("the source", "vllm", "dir"), {"model": "none", "verify": True}),
     ]
     assert capsys.readouterr().out == "written to dir; its README.md has the command that serves it\n"
 
 
 def test_export_passes_every_option(calls):
-    options = ["--base-model", "org/model", "--backbone", "merged", "--no-verify"]
+    options = ["--base-model", "org/model", "--model", "merged", "--no-verify"]
     assert main(["export", "out", "--to", "tgi", "--out", "dir", *options]) == 0
     assert calls == [
         ("find_source", ("out", "org/model"), {}),
-        ("export", ("the source", "tgi", "dir"), {"backbone": "merged", "verify": False}),
+        ("export", ("the source", "tgi", "dir"), {"model": "merged", "verify": False}),
     ]
 
 
@@ -129,7 +129,7 @@ def test_interrupt_ends_quietly(monkeypatch, capsys):
         (["exprot"], "invalid choice: 'exprot'"),
         (["export", "out", "--out", "dir"], "the following arguments are required: --to"),
         (["export", "out", "--to", "sglang", "--out", "dir"], "invalid choice: 'sglang'"),
-        (["export", "out", "--to", "vllm", "--out", "dir", "--backbone", "all"], "invalid choice: 'all'"),
+        (["export", "out", "--to", "vllm", "--out", "dir", "--model", "all"], "invalid choice: 'all'"),
         (["import", "dir", "--to", "vllm", "--out", "other"], "invalid choice: 'vllm'"),
         (["push", "dir"], "the following arguments are required: --repo"),
     ],
@@ -145,7 +145,7 @@ def test_help_and_version(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # argparse breaks lines at hyphens
     for arguments, words in (
         (["--help"], COMMANDS),
-        (["export", "--help"], ["fasterdecoding-legacy", "rtp-llm", "--no-verify", "--backbone"]),
+        (["export", "--help"], ["fasterdecoding-legacy", "rtp-llm", "--no-verify", "--model"]),
         (["--version"], [axolotl_medusa.__version__]),
     ):
         with pytest.raises(SystemExit) as caught:

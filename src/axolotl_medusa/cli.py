@@ -41,10 +41,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="where to write; new, empty, or an earlier export")
     parser.add_argument("--base-model", metavar="M", help="directory or Hub name; by default what training wrote down")
     parser.add_argument(
-        "--backbone",
+        "--model",
+        "--backbone",  # its name until 0.1
         choices=("none", "merged"),
         default="none",
-        help="merged: also write the backbone that Medusa-2 trained, with its adapter merged (default: none)",
+        help="merged: also write the model that Medusa-2 trained, with its adapter merged (default: none)",
     )
     parser.add_argument("--no-verify", action="store_true", help="do not read the export back and compare its logits")
 
@@ -54,7 +55,7 @@ def _export(options: argparse.Namespace) -> None:
     from axolotl_medusa.serving.export import export
 
     source = find_source(options.source, options.base_model)
-    export(source, options.to, options.out, backbone=options.backbone, verify=not options.no_verify)
+    export(source, options.to, options.out, model=options.model, verify=not options.no_verify)
     print(f"written to {options.out}; its README.md has the command that serves it")
 
 
@@ -130,7 +131,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="OUT", help="write the whole report here")
     parser.add_argument("--plots", metavar="DIR", help="draw PNG files here (needs matplotlib)")
     parser.add_argument(
-        "--held-out", metavar="FILE", help="JSONL of conversations: perplexity and KL of the backbone and the original"
+        "--held-out", metavar="FILE", help="JSONL of conversations: perplexity and KL of the model and the original"
     )
     parser.add_argument(
         "--original", metavar="M", help="the model before Medusa-2; by default what training wrote down"

@@ -114,7 +114,7 @@ def test_heads_of_another_model_are_refused(tmp_path):
         MedusaModel.from_pretrained(output / "medusa_heads", base_model=make_model("llama", vocab_size=140))
 
 
-def test_merged_backbone_of_medusa_2_is_taken_with_a_warning(tmp_path, caplog):
+def test_merged_model_of_medusa_2_is_taken_with_a_warning(tmp_path, caplog):
     """An adapter may have changed lm_head, so that its hash cannot be that of the merged model."""
     output = save(tmp_path, varied_model(), recipe="medusa-2")
     changed(varied_model()).save_pretrained(tmp_path / "merged")

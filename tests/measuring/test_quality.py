@@ -7,7 +7,7 @@ import torch
 from conftest import add_lora, make_model
 from decoding_models import prompts
 
-from axolotl_medusa.measuring.quality import compare_backbones
+from axolotl_medusa.measuring.quality import compare_models
 
 ROUNDING = 1e-4
 """Relative; sums of a few dozen fp32 terms in another order."""
@@ -34,7 +34,7 @@ def test_two_models_are_compared_as_the_formulas_say(at_once, monkeypatch):
     model, original = make_model(seed=0).eval(), make_model(seed=1).eval()
     texts = [prompts()[0][0].tolist(), [5, 6, 7], [9], []]
     tokens, perplexity, before, kl = naive(model, original, texts[:2])
-    found = compare_backbones(model, original, texts)
+    found = compare_models(model, original, texts)
     assert found.tokens == tokens == 10
     assert found.perplexity == pytest.approx(perplexity, rel=ROUNDING)
     assert found.original_perplexity == pytest.approx(before, rel=ROUNDING)
@@ -46,19 +46,19 @@ def test_adapters_are_switched_off_for_the_original():
     model = add_lora(make_model()).eval()
     original = make_model().eval()
     texts = [prompts()[0][0].tolist()]
-    found, expected = compare_backbones(model, None, texts), compare_backbones(model, original, texts)
+    found, expected = compare_models(model, None, texts), compare_models(model, original, texts)
     assert found == expected
     assert found.kl > 0.01
 
 
 def test_an_unchanged_model_has_no_kl():
-    found = compare_backbones(make_model().eval(), make_model().eval(), [[3, 4, 5]])
+    found = compare_models(make_model().eval(), make_model().eval(), [[3, 4, 5]])
     assert found.kl == 0
     assert found.perplexity == found.original_perplexity
 
 
 def test_text_and_original_must_be_there():
     with pytest.raises(ValueError, match="held-out text has 0 tokens to predict"):
-        compare_backbones(make_model(), make_model(), [[3], []])
+        compare_models(make_model(), make_model(), [[3], []])
     with pytest.raises(ValueError, match="LlamaForCausalLM has no adapters to switch off: name the original model"):
-        compare_backbones(make_model(), None, [[3, 4]])
+        compare_models(make_model(), None, [[3, 4]])

@@ -25,7 +25,7 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture
 def runs(tmp_path, base):
-    """Output directories by the backbone that they need."""
+    """Output directories by the model that they need."""
     return {
         "base": write_run(tmp_path / "medusa-1", make_model(), "medusa-1", base),
         "adapter": write_run(tmp_path / "lora", add_lora(make_model()), "medusa-2", base, form="separate"),
@@ -41,12 +41,12 @@ KINDS = ("base", "adapter", "full")
 def test_output_dir_and_checkpoint_of_every_recipe_are_found(kind, inside, runs, base):
     run = runs[kind] / inside
     source = find_source(run)
-    assert source.backbone == kind
+    assert source.model_kind == kind
     assert source.heads_dir == run / "medusa_heads" and source.output_dir == run
     assert source.adapter_dir == (run if kind == "adapter" else None)
     assert source.full_model_dir == (run if kind == "full" else None)
     assert source.base_model == str(base) and source.base_model_dir() == base
-    assert source.backbone_dir() == (run if kind == "full" else base)
+    assert source.model_dir() == (run if kind == "full" else base)
     written = read_heads(run / "medusa_heads")
     assert source.config == written.config and source.meta == written.meta and source.form == written.form
     assert {name: tensor.shape for name, tensor in source.heads().items()} == {
@@ -55,11 +55,11 @@ def test_output_dir_and_checkpoint_of_every_recipe_are_found(kind, inside, runs,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_heads_inside_a_run_are_read_with_their_backbone(kind, runs, monkeypatch):
+def test_heads_inside_a_run_are_read_with_their_model(kind, runs, monkeypatch):
     source = find_source(runs[kind] / "medusa_heads")
-    assert source.backbone == kind
+    assert source.model_kind == kind
     monkeypatch.chdir(runs[kind] / "medusa_heads")
-    assert find_source(".").backbone == kind
+    assert find_source(".").model_kind == kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +67,7 @@ def test_canonical_directory_with_a_base_model_is_served_with_exactly_that(kind,
     merged = save_base(tmp_path / "merged", make_model(seed=5))
     for heads in (runs[kind] / "medusa_heads", shutil.copytree(runs[kind] / "medusa_heads", tmp_path / "alone")):
         source = find_source(heads, str(merged))
-        assert source.backbone == "base" and source.backbone_dir() == merged
+        assert source.model_kind == "base" and source.model_dir() == merged
         assert source.output_dir is None
 
 
@@ -76,7 +76,7 @@ def test_base_model_of_a_run_can_be_elsewhere_now(runs, base, tmp_path):
     with pytest.raises(ValueError, match=r"base model .*/base is neither a directory here.*--base-model"):
         find_source(runs["adapter"]).base_model_dir()
     source = find_source(runs["adapter"], str(moved))
-    assert source.backbone == "adapter" and source.base_model_dir() == moved
+    assert source.model_kind == "adapter" and source.base_model_dir() == moved
 
 
 def change(file: Path, **settings):
@@ -99,7 +99,7 @@ def test_base_model_is_taken_from_the_adapter_where_the_heads_name_none(runs, ba
 def test_medusa1_ignores_what_another_run_left_in_its_directory(runs):
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(runs["adapter"] / file, runs["base"])
-    assert find_source(runs["base"]).backbone == "base"
+    assert find_source(runs["base"]).model_kind == "base"
 
 
 def test_medusa1_on_top_of_an_adapter_is_served_with_that_adapter(runs, base, tmp_path):
@@ -111,22 +111,22 @@ def test_medusa1_on_top_of_an_adapter_is_served_with_that_adapter(runs, base, tm
         yaml={"lora_model_dir": str(runs["adapter"]), "adapter": "lora"},
     )
     source = find_source(run)
-    assert source.backbone == "adapter" and source.adapter_dir == runs["adapter"]
+    assert source.model_kind == "adapter" and source.adapter_dir == runs["adapter"]
 
 
 def test_runs_without_meta_are_told_apart_by_their_files(runs):
     for kind in KINDS:
         (runs[kind] / "medusa_heads" / META_FILE).unlink()
         source = find_source(runs[kind])
-        assert source.backbone == kind and source.meta == {}
+        assert source.model_kind == kind and source.meta == {}
 
 
-def test_export_of_medusa2_names_the_backbone_it_is_served_with(runs, tmp_path):
+def test_export_of_medusa2_names_the_model_it_is_served_with(runs, tmp_path):
     exported = shutil.copytree(runs["adapter"] / "medusa_heads", tmp_path / "exported")
     change(exported / CONFIG_FILE, base_model_name_or_path="org/merged")
     change(exported / META_FILE, export={"target": "tgi"})
     source = find_source(exported)
-    assert source.backbone == "base" and source.base_model == "org/merged"
+    assert source.model_kind == "base" and source.base_model == "org/merged"
 
 
 @pytest.mark.parametrize(
@@ -180,9 +180,9 @@ def test_fsdp_shards_are_refused_with_the_command_that_joins_them(runs):
 
 def test_medusa2_heads_alone_need_a_base_model(runs, tmp_path):
     alone = shutil.copytree(runs["full"] / "medusa_heads", tmp_path / "alone")
-    with pytest.raises(ValueError, match=r"Medusa-2 heads go with the backbone trained with them.*--base-model"):
+    with pytest.raises(ValueError, match=r"Medusa-2 heads go with the model trained with them.*--base-model"):
         find_source(alone)
-    assert find_source(shutil.copytree(runs["base"] / "medusa_heads", tmp_path / "alone-1")).backbone == "base"
+    assert find_source(shutil.copytree(runs["base"] / "medusa_heads", tmp_path / "alone-1")).model_kind == "base"
 
 
 def test_find_source_loads_no_tensor(runs, monkeypatch):
@@ -230,10 +230,10 @@ def test_base_model_on_the_hub_is_downloaded_in_the_runs_revision(base, tmp_path
     hub = HubStandIn(base)
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
     run = write_run(tmp_path / "out", make_model(), "medusa-1", "org/model", yaml={"revision_of_model": "v2"})
-    assert find_source(run).backbone_dir() == base
+    assert find_source(run).model_dir() == base
     assert hub.asked == [("org/model", "v2")]
     with pytest.raises(ValueError, match=r"base model org/none is neither.*\(OSError\): name its directory") as error:
-        find_source(run, "org/none").backbone_dir()
+        find_source(run, "org/none").model_dir()
     assert "\n" not in str(error.value)
 
 
@@ -270,7 +270,7 @@ def test_training_itself_writes_the_layout_that_these_tests_make(kind, runs, tmp
     assert files(tmp_path / "real") == {
         name: shapes for name, shapes in files(runs[kind] / "checkpoint-4").items() if name != "trainer_state.json"
     }
-    assert find_source(tmp_path / "real").backbone == kind
+    assert find_source(tmp_path / "real").model_kind == kind
 
 
 def test_surplus_tensor_in_the_heads_is_named(runs):

@@ -42,7 +42,7 @@ def listing(directory: Path, root: Path) -> str:
         elif file.name == "config.json":
             text = file.read_text().replace(str(root.resolve()), "TMP")
             base, config = json.loads((root / "base" / "config.json").read_text()), json.loads(text)
-            if config["model_type"] == base["model_type"]:  # the backbone's own keys are transformers'
+            if config["model_type"] == base["model_type"]:  # the model's own keys are transformers'
                 config = {key: value for key, value in config.items() if base.get(key) != value}
             lines += [f"  {key}: {json.dumps(value, sort_keys=True)}" for key, value in sorted(config.items())]
     return "\n".join(lines) + "\n"
@@ -119,10 +119,10 @@ def test_export_of_half_heads_keeps_their_type(target, dtype, tmp_path):
 
 @pytest.mark.parametrize("target", [target for target in FORMS if target not in IN_BACKBONE])
 @pytest.mark.parametrize("adapter", [None, LORA, LORA_ON_HEAD], ids=["full", "lora", "lora-on-lm_head"])
-def test_merged_backbone_lies_beside_the_heads_and_has_their_lm_head(adapter, target, tmp_path):
+def test_merged_model_lies_beside_the_heads_and_has_their_lm_head(adapter, target, tmp_path):
     source = trained(tmp_path, "medusa-2", num_heads=HEADS.get(target, 3), adapter=adapter)
-    export(source, target, tmp_path / "out", backbone="merged")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "backbone")
+    export(source, target, tmp_path / "out", model="merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged_model")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / ("run" if adapter is None else "base"))
     if adapter is not None:
         expected = PeftModel.from_pretrained(expected, tmp_path / "run").merge_and_unload()
@@ -130,9 +130,9 @@ def test_merged_backbone_lies_beside_the_heads_and_has_their_lm_head(adapter, ta
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, expected(tokens).logits, rtol=1e-5, atol=1e-5)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["base_model_name_or_path"] == str((tmp_path / "out" / "backbone").resolve())
-    backbone_config = (tmp_path / "out" / "backbone" / "config.json").read_text()
-    assert "medusa" not in backbone_config.lower() and (tmp_path / "out" / "backbone" / "tokenizer.json").is_file()
+    assert config["base_model_name_or_path"] == str((tmp_path / "out" / "merged_model").resolve())
+    model_config = (tmp_path / "out" / "merged_model" / "config.json").read_text()
+    assert "medusa" not in model_config.lower() and (tmp_path / "out" / "merged_model" / "tokenizer.json").is_file()
     if target in {"vllm", "tgi", "lorax"}:
         written = TensorFiles.open(next((tmp_path / "out").glob("*.safetensors"))).load("lm_heads.0.weight")
         torch.testing.assert_close(written, model.lm_head.weight.detach(), rtol=0, atol=0)
@@ -143,15 +143,15 @@ def test_merged_backbone_lies_beside_the_heads_and_has_their_lm_head(adapter, ta
 
 @pytest.mark.parametrize("target", sorted(IN_BACKBONE))
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-def test_heads_inside_the_backbone_come_with_the_trained_one(adapter, target, tmp_path):
+def test_heads_inside_the_model_come_with_the_trained_one(adapter, target, tmp_path):
     source = trained(tmp_path, "medusa-2", adapter=adapter)
     export(source, target, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, make_model().model.layers[0].mlp.up_proj.weight)
-    assert not (tmp_path / "out" / "backbone").exists()
+    assert not (tmp_path / "out" / "merged_model").exists()
 
 
-def test_full_backbone_is_served_from_where_training_wrote_it(tmp_path):
+def test_full_model_is_served_from_where_training_wrote_it(tmp_path):
     export(trained(tmp_path, "medusa-2"), "tgi", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["base_model_name_or_path"] == str((tmp_path / "run").resolve())
@@ -196,7 +196,7 @@ def test_what_the_target_cannot_express_is_refused(tmp_path):
 @pytest.mark.parametrize("target", [target for target in FORMS if target not in IN_BACKBONE | {"lorax"}])
 def test_adapter_that_the_server_would_not_apply_is_refused(target, tmp_path):
     source = trained(tmp_path, "medusa-2", num_heads=HEADS.get(target, 3), adapter=LORA)
-    refused(source, target, tmp_path / "out", f"{target} does not serve both; add --backbone merged")
+    refused(source, target, tmp_path / "out", f"{target} does not serve both; add --model merged")
 
 
 def test_adapter_with_more_than_lora_is_refused_unmerged(tmp_path):
@@ -204,11 +204,11 @@ def test_adapter_with_more_than_lora_is_refused_unmerged(tmp_path):
     refused(
         source, "lorax", tmp_path / "out", r"found base_model\.model\.lm_head\.weight in .*nothing but LoRA matrices"
     )
-    export(source, "lorax", tmp_path / "out", backbone="merged")
+    export(source, "lorax", tmp_path / "out", model="merged")
 
 
-def test_merged_backbone_of_an_untouched_base_model_is_refused(tmp_path):
-    refused(trained(tmp_path), "vllm", tmp_path / "out", "leave it out and serve that model", backbone="merged")
+def test_merged_model_of_an_untouched_base_model_is_refused(tmp_path):
+    refused(trained(tmp_path), "vllm", tmp_path / "out", "leave it out and serve that model", model="merged")
 
 
 def other_model(directory: Path, **changes: object) -> Path:
@@ -292,10 +292,10 @@ def test_earlier_export_is_replaced_and_other_files_are_left(tmp_path):
     source, out = trained(tmp_path, "medusa-2", adapter=LORA, num_heads=5), tmp_path / "out"
     export(source, "lorax", out)
     (out / "notes.txt").write_text("mine")
-    export(source, "fasterdecoding", out, backbone="merged")
+    export(source, "fasterdecoding", out, model="merged")
     assert {path.name for path in out.glob("*.safetensors")} == set() and not (out / "adapter_config.json").exists()
     export(source, "rtp-llm", out)
-    assert {path.name for path in out.glob("*.pt")} == set() and not list((out / "backbone").glob("*.safetensors"))
+    assert {path.name for path in out.glob("*.pt")} == set() and not list((out / "merged_model").glob("*.safetensors"))
     assert (out / "notes.txt").read_text() == "mine"
 
 

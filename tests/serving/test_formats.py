@@ -122,7 +122,7 @@ def test_names_are_the_consumers(name, block, output):
 
 
 OUTPUTS = {
-    # target: output layers (of the backbone's lm_head or the heads' own) with shared and with separate heads
+    # target: output layers (of the model's lm_head or the heads' own) with shared and with separate heads
     "vllm": ("one", "own"),
     "tgi": ("one", "own"),
     "lorax": ("one", None),
@@ -238,13 +238,13 @@ REFUSALS = {
         "found 4 heads, expected 5.*medusa_num_heads: 5, or export to fasterdecoding-merged",
     ),
     "six-heads": ({"name": "fasterdecoding", "num_heads": 6}, "found 6 heads, expected 5"),
-    "backbone": (
+    "merged_model": (
         {"name": "fasterdecoding-merged", "model_type": "qwen2"},
-        "found a qwen2 backbone, expected llama or mistral",
+        "found a qwen2 model, expected llama or mistral",
     ),
-    "legacy-backbone": (
+    "legacy-model": (
         {"name": "fasterdecoding-legacy", "model_type": "mistral"},
-        "found a mistral backbone, expected llama:",
+        "found a mistral model, expected llama:",
     ),
     "padded-vocabulary": (
         {"name": "vllm", "vocab_size": 32},

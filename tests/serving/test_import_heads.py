@@ -55,7 +55,7 @@ def test_round_trip_is_bitwise(name, tmp_path):
 @pytest.mark.parametrize("target", ["vllm", "fasterdecoding-legacy", "modelopt"])
 def test_round_trip_of_merged_medusa_2_is_bitwise(target, adapter, tmp_path):
     source = trained(tmp_path, "medusa-2", adapter=adapter)
-    export(source, target, tmp_path / "out", backbone="merged")
+    export(source, target, tmp_path / "out", model="merged")
     import_heads(tmp_path / "out", tmp_path / "back")
     same(tmp_path / "back", source.heads_dir)
 
@@ -136,7 +136,7 @@ def test_published_heads_become_canonical(layout, dtype, tmp_path):
     tensors = heads_of(dtype=dtype)
     published = {rename(name): tensor for name, tensor in tensors.items()}
     if file in {"model.safetensors", "adapter_model.safetensors", "adapter_model.bin"} and layout != "vllm":
-        published["model.layers.0.mlp.up_proj.weight"] = torch.ones(2)  # the backbone's, or the adapter's
+        published["model.layers.0.mlp.up_proj.weight"] = torch.ones(2)  # the model's, or the adapter's
     directory = publish(tmp_path / "published", published, config, file)
     if config is None:
         (directory / "adapter_config.json").write_text(json.dumps(BASE_KEY))
@@ -218,7 +218,7 @@ def test_copies_of_one_block_are_recognised_and_kept(tmp_path):
     assert len(import_heads(tmp_path / "published", tmp_path / "out")) == 1
 
 
-def test_heads_inside_a_backbone_that_names_no_base_model_belong_to_it(tmp_path):
+def test_heads_inside_a_model_that_names_no_base_model_belong_to_it(tmp_path):
     tensors = {f"medusa_head.{name}": tensor for name, tensor in heads_of().items()}
     directory = publish(tmp_path / "published", tensors, {"model_type": "llama"}, "model.safetensors")
     import_heads(directory, tmp_path / "out")

@@ -29,7 +29,7 @@ def card(**changes):
         "config": CONFIG,
         "meta": META,
         "base_model": "org/model-7b",
-        "backbone": "adapter",
+        "model": "adapter",
         "serve": "vllm serve x",
         **changes,
     }
@@ -51,7 +51,7 @@ def test_card_says_what_is_known_of_the_training():
     assert body.startswith("\n# Medusa heads for model-7b\n")
     for row in (
         "| base model | `org/model-7b` |",
-        "| recipe | Medusa-2: the heads were trained together with the backbone |",
+        "| recipe | Medusa-2: the heads were trained together with the model |",
         "| served with | the base model with the LoRA adapter that was trained with the heads |",
         "| heads | 3, each of 1 residual block, with the served model's output layer |",
         "| trained on | `org/data`, `./data/train.jsonl` |",
@@ -63,7 +63,7 @@ def test_card_says_what_is_known_of_the_training():
 
 
 def test_card_of_heads_of_unknown_origin_claims_nothing():
-    metadata, body = front_matter(card(meta={}, base_model=None, backbone="base"))
+    metadata, body = front_matter(card(meta={}, base_model=None, model="base"))
     assert set(metadata) == {"tags"}
     assert "# Medusa heads for a language model\n" in body
     assert body.count("| unknown |") == 3
@@ -83,11 +83,11 @@ def test_directory_that_looks_like_a_hub_name_is_none(tmp_path, monkeypatch):
     assert "base_model" not in front_matter(card())[0]
 
 
-def test_card_of_separate_heads_and_each_backbone():
-    text = card(config={**CONFIG, "medusa_num_layers": 2, "original_lm_head": False}, backbone="full")
+def test_card_of_separate_heads_and_each_model():
+    text = card(config={**CONFIG, "medusa_num_layers": 2, "original_lm_head": False}, model="full")
     assert "| heads | 3, each of 2 residual blocks, with an output layer of their own |" in text
-    assert "| served with | the backbone that was trained with the heads, all of its weights |" in text
-    assert "| served with | the base model as it is |" in card(backbone="base")
+    assert "| served with | the model that was trained with the heads, all of its weights |" in text
+    assert "| served with | the base model as it is |" in card(model="base")
     assert "| recipe | Medusa-1: " in card(meta={"recipe": "medusa-1"})
 
 

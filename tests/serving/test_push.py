@@ -78,8 +78,8 @@ def test_missing_directory_is_not_pushed(hub, tmp_path):
 
 
 def test_unfinished_export_is_not_pushed(hub, exported):
-    (exported / "backbone").mkdir()
-    (exported / "backbone" / "model.safetensors.part").touch()
+    (exported / "merged_model").mkdir()
+    (exported / "merged_model" / "model.safetensors.part").touch()
     with pytest.raises(ValueError, match=r"model\.safetensors\.part is half a file"):
         push(exported, "me/heads")
     assert hub.asked == []

@@ -1,4 +1,4 @@
-"""The served backbone equals what training had: peft's own merge where peft merges right, the trained logits always."""
+"""The served model equals what training had: peft's own merge where peft merges right, the trained logits always."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def lora_run(tmp_path, options, family="llama", dtype=torch.float32, **sharding)
     return find_source(run), trained
 
 
-def write_backbone(source, directory, **options):
+def write_model(source, directory, **options):
     write_sharded(directory, merged_tensors(source), **options)
     write_json(directory / "config.json", served_config(source))
     return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
@@ -79,7 +79,7 @@ def logits(model):
 @pytest.mark.parametrize("name", LORAS)
 def test_merge_is_bitwise_pefts_merge_and_unload(name, dtype, tmp_path):
     source, trained = lora_run(tmp_path, LORAS[name], dtype=dtype)
-    assert source.backbone == "adapter"
+    assert source.model_kind == "adapter"
     expected = trained.merge_and_unload().state_dict()
     found = loads(source)
     assert found.keys() == expected.keys()
@@ -93,9 +93,9 @@ def test_merge_is_bitwise_pefts_merge_and_unload(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("name", LORAS)
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
-def test_merged_backbone_loads_in_plain_transformers_with_the_trained_logits(family, name, tmp_path):
+def test_merged_model_loads_in_plain_transformers_with_the_trained_logits(family, name, tmp_path):
     source, trained = lora_run(tmp_path, LORAS[name], family)
-    model, info = write_backbone(source, tmp_path / "merged")
+    model, info = write_model(source, tmp_path / "merged")
     assert not any(info.values()), info
     torch.testing.assert_close(logits(model), logits(trained), rtol=0, atol=LOGIT_TOLERANCE)
     assert torch.equal(lm_head(source).load(), model.get_output_embeddings().weight)
@@ -108,7 +108,7 @@ def test_merged_backbone_loads_in_plain_transformers_with_the_trained_logits(fam
 @pytest.mark.parametrize("options", [{"modules_to_save": ["embed_tokens"]}, {"targets": ["q_proj", "embed_tokens"]}])
 def test_embeddings_that_were_trained_tied_stay_one_matrix(options, tmp_path):
     source, trained = lora_run(tmp_path, {"targets": ["q_proj"], **options, "ensure_weight_tying": True}, "llama-tied")
-    model, info = write_backbone(source, tmp_path / "merged")
+    model, info = write_model(source, tmp_path / "merged")
     assert not any(info.values())
     assert model.config.tie_word_embeddings and "lm_head.weight" not in loads(source)
     torch.testing.assert_close(logits(model), logits(trained), rtol=0, atol=LOGIT_TOLERANCE)
@@ -117,7 +117,7 @@ def test_embeddings_that_were_trained_tied_stay_one_matrix(options, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "phi-lm-head-bias", "gemma2-softcap", "phi3"])
 def test_merge_of_other_families_has_the_trained_logits(family, tmp_path):
     source, trained = lora_run(tmp_path, {}, family)
-    model, info = write_backbone(source, tmp_path / "merged")
+    model, info = write_model(source, tmp_path / "merged")
     assert not any(info.values())
     torch.testing.assert_close(logits(model), logits(trained), rtol=1e-4, atol=LOGIT_TOLERANCE)
     assert lm_head_bias(source) == (family == "phi-lm-head-bias")
@@ -148,7 +148,7 @@ def test_merge_of_resized_embeddings_has_the_new_vocabulary(modules_to_save, tmp
     expected = logits(model)
     source = find_source(write_run(tmp_path / "out", model, "medusa-2", base))
     assert served_config(source)["vocab_size"] == lm_head(source).shape[0] == VOCAB + 5
-    merged, info = write_backbone(source, tmp_path / "merged")
+    merged, info = write_model(source, tmp_path / "merged")
     assert not any(info.values())
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=LOGIT_TOLERANCE)
 
@@ -189,7 +189,7 @@ def test_low_rank_product_added_in_blocks_equals_the_whole_sum(transposed, monke
     torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_medusa1_backbone_is_the_base_model_as_it_is(tmp_path):
+def test_medusa1_model_is_the_base_model_as_it_is(tmp_path):
     base = save_base(tmp_path / "base", make_model("llama-tied"))
     source = find_source(write_run(tmp_path / "out", make_model("llama-tied"), "medusa-1", base))
     expected = load_file(base / "model.safetensors")
@@ -201,13 +201,13 @@ def test_medusa1_backbone_is_the_base_model_as_it_is(tmp_path):
     assert served_config(source) == json.loads((base / "config.json").read_text())
 
 
-def test_full_backbone_is_the_trained_one_in_its_own_shards(tmp_path):
+def test_full_model_is_the_trained_one_in_its_own_shards(tmp_path):
     base = save_base(tmp_path / "base", make_model())
     trained = make_model(seed=9)
     run = write_run(tmp_path / "out", trained, "medusa-2", base)
     source = find_source(run)
-    assert source.backbone == "full"
-    model, info = write_backbone(source, tmp_path / "copy", max_shard_bytes=30_000)
+    assert source.model_kind == "full"
+    model, info = write_model(source, tmp_path / "copy", max_shard_bytes=30_000)
     assert not any(info.values())
     assert len(list((tmp_path / "copy").glob("model-*.safetensors"))) > 2
     assert torch.equal(logits(model), logits(trained))
@@ -335,7 +335,7 @@ def test_damaged_adapter_is_refused(damage, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", None])
-def test_backbone_without_a_readable_config_is_refused_in_one_line(content, tmp_path):
+def test_model_without_a_readable_config_is_refused_in_one_line(content, tmp_path):
     base = save_base(tmp_path / "base", make_model())
     source = find_source(write_run(tmp_path / "out", make_model(), "medusa-1", base))
     (base / "config.json").unlink() if content is None else (base / "config.json").write_text(content)
@@ -350,11 +350,11 @@ def test_backbone_without_a_readable_config_is_refused_in_one_line(content, tmp_
         ("lm_head.weight", r"has no lm_head\.weight and its config\.json does not tie the embeddings"),
         (
             "model.embed_tokens.weight",
-            r"has no token embedding \(embed_tokens, wte, .*expected a causal language model",
+            r"has no token embedding \(embed_tokens, wte, .*expected the files of a causal language model",
         ),
     ],
 )
-def test_backbone_without_an_embedding_is_refused(missing, message, tmp_path):
+def test_model_without_an_embedding_is_refused(missing, message, tmp_path):
     base = save_base(tmp_path / "base", make_model())
     source = find_source(write_run(tmp_path / "out", make_model(), "medusa-1", base))
     tensors = load_file(base / "model.safetensors")
@@ -405,7 +405,7 @@ def test_copy_of_the_head_in_files_of_a_tied_model_does_not_outlive_the_merge(na
     save_file(
         {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, metadata={"format": "pt"}
     )
-    model, info = write_backbone(source, tmp_path / "merged")
+    model, info = write_model(source, tmp_path / "merged")
     assert not any(info.values())
     torch.testing.assert_close(logits(model), logits(trained), rtol=0, atol=LOGIT_TOLERANCE)
 

@@ -201,10 +201,10 @@ def test_lorax_with_an_output_layer_would_fail_at_its_first_batch(tmp_path):
     found(source, "lorax", out, r"0\.1\.weight makes it the first version")
 
 
-def test_tgi_with_a_tensor_of_the_backbone_is_found(tmp_path):
+def test_tgi_with_a_tensor_of_the_model_is_found(tmp_path):
     source, out = exported(tmp_path, "tgi")
     change(out, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(VOCAB, 32)}))
-    found(source, "tgi", out, r"lm_head\.weight is also a tensor of the backbone")
+    found(source, "tgi", out, r"lm_head\.weight is also a tensor of the model")
 
 
 def test_lorax_adapter_without_one_of_its_matrices_is_found(tmp_path):
@@ -232,7 +232,7 @@ def test_missing_or_damaged_files_are_found(target, tmp_path):
 
 
 @pytest.mark.parametrize("target", sorted(IN_BACKBONE))
-def test_heads_inside_a_sharded_backbone_are_read_through_its_index(target, tmp_path):
+def test_heads_inside_a_sharded_model_are_read_through_its_index(target, tmp_path):
     source, out = exported(tmp_path, target)
     file = out / "model.safetensors"
     tensors = load_file(file)
@@ -246,7 +246,7 @@ def test_heads_inside_a_sharded_backbone_are_read_through_its_index(target, tmp_
     verify(source, target, out)
 
 
-def test_other_lm_head_of_the_served_backbone_is_found(tmp_path):
+def test_other_lm_head_of_the_served_model_is_found(tmp_path):
     source, out = exported(tmp_path, "vllm")
     heads = {name: tensor.load for name, tensor in source.heads().items() if name != "lm_heads.0.weight"}
     other = lm_head(source).load()

@@ -123,18 +123,18 @@ def train(model: Path, answers: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 @torch.no_grad()
-def right_heads(backbone: PreTrainedModel, heads: MedusaHeads, ids: list[int]) -> tuple[list[int], list[int]]:
+def right_heads(model: PreTrainedModel, heads: MedusaHeads, ids: list[int]) -> tuple[list[int], list[int]]:
     """What the model and its heads say at every position of a sequence.
 
     Returns:
         The base model's own next token at each position, and how many heads in a row, from head 0, are right there.
     """
     tokens = torch.tensor([ids])
-    hidden = backbone.model(tokens).last_hidden_state[0]
-    base = backbone.lm_head(hidden).argmax(-1).tolist()
+    hidden = model.model(tokens).last_hidden_state[0]
+    base = model.lm_head(hidden).argmax(-1).tolist()
     drafts = []
     for index in range(heads.num_heads):
-        layer = heads.output_layer(index) or backbone.lm_head
+        layer = heads.output_layer(index) or model.lm_head
         drafts.append(layer(heads.hidden(index, hidden)).argmax(-1).tolist())
     in_a_row = []
     for position in range(len(ids)):
@@ -145,7 +145,7 @@ def right_heads(backbone: PreTrainedModel, heads: MedusaHeads, ids: list[int]) -
     return base, in_a_row
 
 
-def predict(backbone: PreTrainedModel, heads: MedusaHeads, rows: list[dict[str, Any]]) -> tuple[list[float], float]:
+def predict(model: PreTrainedModel, heads: MedusaHeads, rows: list[dict[str, Any]]) -> tuple[list[float], float]:
     """Walks through the answers as a chain of drafts does, one verification after the other.
 
     Returns:
@@ -157,7 +157,7 @@ def predict(backbone: PreTrainedModel, heads: MedusaHeads, rows: list[dict[str, 
     for row in rows:
         ids = row["input_ids"]
         prompt = row["labels"].index(next(label for label in row["labels"] if label != -100))
-        base, in_a_row = right_heads(backbone, heads, ids)
+        base, in_a_row = right_heads(model, heads, ids)
         own += sum(base[position - 1] == ids[position] for position in range(prompt, len(ids)))
         tokens += len(ids) - prompt
         position = prompt - 1  # the model reads this token, says the next one, and the heads guess those after it
@@ -176,21 +176,21 @@ def test_vllm_accepts_what_our_heads_predict(
     keys = RECIPES[recipe] | (LORA if recipe.startswith("medusa-2") else {})
     trained, exported = train(keys), tmp_path / "export"
     command = [sys.executable, "-m", "axolotl_medusa", "export", trained, "--to", "vllm", "--out", exported]
-    merged = ["--backbone", "merged"] if recipe.startswith("medusa-2") else []
+    merged = ["--model", "merged"] if recipe.startswith("medusa-2") else []
     run([*command, *merged], tmp_path / "export.log")
 
-    served = exported / "backbone" if merged else model
+    served = exported / "merged_model" if merged else model
     with model_server.server("vllm", served, tmp_path / "server.log", exported, dtype="float32") as address:
         rows = ask(address, served, tmp_path / "served.jsonl")
         counters = model_server.spec_decode_counters(address)
 
     heads = read_heads(trained / "medusa_heads").build().float()
-    backbone = AutoModelForCausalLM.from_pretrained(served, dtype=torch.float32)
-    predicted, own = predict(backbone, heads, rows)
+    model = AutoModelForCausalLM.from_pretrained(served, dtype=torch.float32)
+    predicted, own = predict(model, heads, rows)
     found = [counters[f"accepted_tokens_per_pos_{place}"] / counters["drafts"] for place in range(NUM_HEADS)]
     with capsys.disabled():
         shares = ", ".join(f"{ours:.3f}/{theirs:.3f}" for ours, theirs in zip(predicted, found, strict=True))
         print(f"\n{recipe}: accepted by place, predicted/vLLM: {shares}; AL {1 + sum(found):.3f}; {own:.4f} own tokens")
-    assert own > 0.99, "the served backbone is not the one that the heads were trained with"
+    assert own > 0.99, "the served model is not the one that the heads were trained with"
     assert predicted[0] > 0.1, "nothing to compare: the heads learned nothing"
     assert found == pytest.approx(predicted, abs=TOLERANCE)

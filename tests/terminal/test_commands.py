@@ -64,7 +64,7 @@ def test_evaluate_writes_a_report_and_prints_it(runs, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("original", [False, True], ids=["adapter off", "original named"])
-def test_evaluate_compares_the_backbone_with_the_original(original, runs, capsys, tmp_path):
+def test_evaluate_compares_the_model_with_the_original(original, runs, capsys, tmp_path):
     options = ["--original", runs / "base"] if original else []
     out = run(
         capsys, "evaluate", runs / "medusa-2", "--prompts", runs / "prompts.jsonl", "--max-new-tokens", 3, "--limit", 1,
@@ -75,7 +75,7 @@ def test_evaluate_compares_the_backbone_with_the_original(original, runs, capsys
         quality["tokens"] == len(make_tokenizer("zephyr")("<|user|>\nHi</s>\n<|assistant|>\nHello there</s>\n")[0]) - 1
     )
     assert quality["kl"] > 0.001 and quality["perplexity"] != quality["original_perplexity"]
-    assert f"backbone on {quality['tokens']} held-out tokens: perplexity" in out
+    assert f"model on {quality['tokens']} held-out tokens: perplexity" in out
 
 
 def test_original_of_an_adapter_is_not_loaded_a_second_time(runs):

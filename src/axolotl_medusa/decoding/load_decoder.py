@@ -63,10 +63,10 @@ def load_tokenizer(heads: str | Path, base_model: str | None = None) -> Any:
 
     source = find_source(heads, base_model)
     files = source.tokenizer_files()
-    directory = files[0].parent if files else source.backbone_dir()
+    directory = files[0].parent if files else source.model_dir()
     try:
         # The heads' own config.json says nothing about the tokenizer, and makes transformers warn.
-        config = AutoConfig.from_pretrained(source.backbone_dir())
+        config = AutoConfig.from_pretrained(source.model_dir())
         return AutoTokenizer.from_pretrained(directory, config=config)
     except (OSError, ValueError, KeyError) as error:
         reason = first_line(error)

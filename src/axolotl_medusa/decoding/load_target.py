@@ -1,6 +1,6 @@
 """Loads a causal LM for decoding with its heads, and checks that the heads were trained with this very model.
 
-Contract: knows what training leaves on disk (`sources`, `backbone`) and transformers' and peft's loaders; nothing about
+Contract: knows what training leaves on disk (`model.sources`) and transformers' and peft's loaders; nothing about
 decoding.
 """
 
@@ -53,7 +53,7 @@ def load_target(
         found = {lm_head_hash(base_model)} | _hashes(frozen_output_embedding(output_embedding(base_model)).weight)
         _check_hash(source, found, type(causal_lm(base_model)).__name__)
         return base_model, file
-    directory = source.backbone_dir()
+    directory = source.model_dir()
     stored = stored_output_embedding(directory)
     _check_shape(stored.shape, (file.config["vocab_size"], file.config["hidden_size"]), str(directory))
     _check_hash(source, _hashes(stored.load()), str(directory))
@@ -82,9 +82,9 @@ def _check_hash(source: Source, found: set[str], model: str) -> None:
     expected = source.meta.get("lm_head_sha256")
     if expected is None or expected in found:
         return
-    if source.meta.get("recipe") == "medusa-2" and source.backbone == "base":
+    if source.meta.get("recipe") == "medusa-2" and source.model_kind == "base":
         # A merged adapter may have changed the output embedding, rightly so; its hash was taken without the adapter.
-        LOG.warning("cannot tell whether %s is the backbone that %s was trained with", model, source.heads_dir)
+        LOG.warning("cannot tell whether %s is the model that %s was trained with", model, source.heads_dir)
         return
     raise ValueError(
         f"the output embedding of {model} is another than the one that {source.heads_dir} was trained with "

@@ -1,4 +1,4 @@
-"""What training did to the backbone itself: perplexity before and after, and how far it moved.
+"""What training did to the model itself: perplexity before and after, and how far it moved.
 
 Contract: two models and token sequences in, numbers out; knows nothing about heads or files.
 """
@@ -21,12 +21,12 @@ _ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class BackboneQuality:
-    """A trained backbone against the original, over the same tokens.
+class ModelQuality:
+    """A trained model against the original, over the same tokens.
 
     Attributes:
         tokens: Tokens that were predicted.
-        perplexity: `exp(mean cross-entropy)` of the trained backbone.
+        perplexity: `exp(mean cross-entropy)` of the trained model.
         original_perplexity: The same of the original.
         kl: Mean over tokens of KL(original ‖ trained) of the next token's distribution, in nats.
     """
@@ -38,8 +38,8 @@ class BackboneQuality:
 
 
 @torch.no_grad()
-def compare_backbones(model: Any, original: Any | None, texts: Sequence[Sequence[int]]) -> BackboneQuality:
-    """Compares a trained backbone with the original on held-out text.
+def compare_models(model: Any, original: Any | None, texts: Sequence[Sequence[int]]) -> ModelQuality:
+    """Compares a trained model with the original on held-out text.
 
     Args:
         model: The trained model.
@@ -65,7 +65,7 @@ def compare_backbones(model: Any, original: Any | None, texts: Sequence[Sequence
     if not tokens:
         raise ValueError("held-out text has 0 tokens to predict, expected at least 1: give longer text")
     own, originals, kl = (totals / tokens).tolist()
-    return BackboneQuality(tokens, math.exp(own), math.exp(originals), kl)
+    return ModelQuality(tokens, math.exp(own), math.exp(originals), kl)
 
 
 def _logits(model: Any, text: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """Medusa heads as a plain module: residual blocks, their output layers, and where they attach to a model.
 
 Contract: knows the shape of a Hugging Face causal LM (a backbone and an output embedding) and nothing about training,
-data or files. The state dict of `MedusaHeads` has the names of the canonical checkpoint: `{i}.{j}.linear.weight`,
+data or files. The state dict of `MedusaHeads` has the names of the heads directory: `{i}.{j}.linear.weight`,
 `{i}.{j}.linear.bias` and, for heads with an output layer of their own, `{i}.{num_layers}.weight`.
 """
 

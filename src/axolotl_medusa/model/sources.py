@@ -1,7 +1,7 @@
-"""Where trained heads are and which backbone they were trained with: a canonical directory, an output_dir, a checkpoint.
+"""Where trained heads are and which model they were trained with: a canonical directory, an output_dir, a checkpoint.
 
 Contract: knows the layout that training leaves on disk; reads small JSON files and the names and shapes of tensors,
-never a tensor. What the backbone's weights are is `backbone`'s to say.
+never a tensor. What the model's weights are is `serving.served_model`'s to say.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*
 
 @dataclass(frozen=True)
 class Source:
-    """Trained heads and the backbone that they belong to.
+    """Trained heads and the model that they belong to.
 
     Attributes:
         heads_dir: The canonical directory.
@@ -44,7 +44,7 @@ class Source:
         meta: Its `medusa_meta.json`, empty if it has none.
         base_model: Directory or Hub name of the base model, None where nothing names one.
         adapter_dir: Where the adapter is that belongs on the base model, None without one.
-        full_model_dir: Where Medusa-2 wrote a full backbone, None if it did not.
+        full_model_dir: Where Medusa-2 wrote a full model, None if it did not.
         output_dir: The output_dir or checkpoint that was read, None for a canonical directory that stands alone.
     """
 
@@ -57,8 +57,8 @@ class Source:
     output_dir: Path | None = None
 
     @property
-    def backbone(self) -> Literal["base", "adapter", "full"]:
-        """What has to be served: the base model as it is, with an adapter, or a backbone of its own."""
+    def model_kind(self) -> Literal["base", "adapter", "full"]:
+        """What has to be served: the base model as it is, with an adapter, or a model of its own."""
         if self.full_model_dir is not None:
             return "full"
         return "base" if self.adapter_dir is None else "adapter"
@@ -72,8 +72,8 @@ class Source:
         """The heads' tensors, none of them read yet."""
         return TensorFiles.open(self.heads_dir / HEADS_FILE)
 
-    def backbone_dir(self) -> Path:
-        """The directory with the backbone's weights, before any adapter; a base model on the Hub is downloaded.
+    def model_dir(self) -> Path:
+        """The directory with the model's weights, before any adapter; a base model on the Hub is downloaded.
 
         Raises:
             ValueError: Nothing names a base model, or it is neither a directory nor on the Hub.
@@ -104,7 +104,7 @@ class Source:
             ) from error
 
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files: those beside the heads, else of the run, else of a backbone that is on this disk."""
+        """The tokenizer's files: those beside the heads, else of the run, else of a model that is on this disk."""
         base = Path(self.base_model).expanduser() if self.base_model else None
         for directory in (self.heads_dir, self.output_dir, self.full_model_dir, base):
             if directory is not None and directory.is_dir():
@@ -115,7 +115,7 @@ class Source:
 
 
 def find_source(path: str | Path, base_model: str | None = None) -> Source:
-    """Finds the heads and their backbone.
+    """Finds the heads and their model.
 
     With an output_dir or a checkpoint, `base_model` is the model that the run started from: what its adapter is merged
     into. With a canonical directory, `base_model` is the model that the heads will be served with, as it is. Without
@@ -129,7 +129,7 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
         What was found; tensors are not read yet.
 
     Raises:
-        ValueError: There are no heads, they are damaged, or the backbone that they were trained with is missing.
+        ValueError: There are no heads, they are damaged, or the model that they were trained with is missing.
     """
     heads_dir, output_dir = _directories(Path(path).expanduser())
     config, meta = read_json(heads_dir / CONFIG_FILE), {}
@@ -137,13 +137,13 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
         meta = read_json(heads_dir / META_FILE)
     _verify(heads_dir, config)
     alone = output_dir is None
-    # An export names the backbone that it is served with; what training wrote names the one that it started from.
-    trained_backbone = meta.get("recipe") == "medusa-2" and "export" not in meta
-    if alone and trained_backbone and base_model is None and heads_dir.resolve().name == HEADS_FOLDER:
+    # An export names the model that it is served with; what training wrote names the one that it started from.
+    has_trained_model = meta.get("recipe") == "medusa-2" and "export" not in meta
+    if alone and has_trained_model and base_model is None and heads_dir.resolve().name == HEADS_FOLDER:
         output_dir = heads_dir.resolve().parent
-    adapter_dir, full_model_dir = (None, None) if output_dir is None else _trained_backbone(output_dir, meta)
-    if trained_backbone and adapter_dir is None and full_model_dir is None and not (alone and base_model):
-        raise ValueError(_missing_backbone(output_dir or heads_dir))
+    adapter_dir, full_model_dir = (None, None) if output_dir is None else _trained_model(output_dir, meta)
+    if has_trained_model and adapter_dir is None and full_model_dir is None and not (alone and base_model):
+        raise ValueError(_missing_model(output_dir or heads_dir))
     named = base_model or config.get("base_model_name_or_path")
     if named is None and adapter_dir is not None:
         named = read_json(adapter_dir / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
@@ -180,10 +180,10 @@ def _verify(heads_dir: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"{error}; heads in another format go through `axolotl-medusa import` first") from error
 
 
-def _trained_backbone(output_dir: Path, meta: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
+def _trained_model(output_dir: Path, meta: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
     """Directories of the adapter and of the full model that a run's heads need, each None if they need none."""
     if meta.get("recipe") == "medusa-1":
-        # Medusa-1 writes no backbone; it may have trained on top of an adapter that was there before.
+        # Medusa-1 writes no model; it may have trained on top of an adapter that was there before.
         adapter = meta.get("yaml", {}).get("lora_model_dir")
         return (None if adapter is None else Path(adapter).expanduser()), None
     has_adapter = (output_dir / ADAPTER_CONFIG_FILE).is_file()
@@ -195,13 +195,13 @@ def _trained_backbone(output_dir: Path, meta: Mapping[str, Any]) -> tuple[Path |
     return output_dir if has_adapter else None, output_dir if has_full_model else None
 
 
-def _missing_backbone(directory: Path) -> str:
+def _missing_model(directory: Path) -> str:
     if next(directory.glob("pytorch_model_fsdp*"), None) is not None:
         return (
-            f"{directory} holds the backbone as FSDP shards, expected safetensors: "
+            f"{directory} holds the model as FSDP shards, expected safetensors: "
             "join them with `axolotl merge-sharded-fsdp-weights`"
         )
     return (
-        f"{directory} has neither an adapter nor a full model, but Medusa-2 heads go with the backbone trained with them: "
-        "give the run's output_dir, or this medusa_heads and the merged backbone as --base-model"
+        f"{directory} has neither an adapter nor a full model, but Medusa-2 heads go with the model trained with them: "
+        "give the run's output_dir, or this medusa_heads and the merged model as --base-model"
     )

@@ -23,7 +23,7 @@ _HEAD_OF = {
 
 
 class StoredEmbeddings(NamedTuple):
-    """Names of the embeddings' weights in a checkpoint, which holds no `head` where they are `tied`."""
+    """Names of the embeddings' weights in a model's files, which hold no `head` where they are `tied`."""
 
     tokens: str
     head: str
@@ -52,7 +52,7 @@ def stored_embeddings(tensors: dict[str, LazyTensor], config: dict[str, Any], or
     tokens = nearest(_HEAD_OF)
     if tokens is None:
         raise ValueError(
-            f"{origin} has no token embedding ({', '.join(_HEAD_OF)}), expected a causal language model's checkpoint"
+            f"{origin} has no token embedding ({', '.join(_HEAD_OF)}), expected the files of a causal language model"
         )
     own_head = _HEAD_OF[module_of(tokens)]
     head = nearest([own_head])

@@ -41,8 +41,8 @@ from axolotl_medusa.serving.verify import verify_export
 
 LOG = logging.getLogger(__name__)
 
-BACKBONE_FOLDER = "backbone"
-"""Where the merged backbone lies beside heads that have a file of their own."""
+MERGED_FOLDER = "merged_model"
+"""Where the merged model lies beside heads that have a file of their own."""
 
 CARD_FILE = "README.md"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -54,16 +54,16 @@ _ROWS = 8192
 
 
 def export(
-    source: Source, target: str, out: str | Path, backbone: Literal["none", "merged"] = "none", verify: bool = True
+    source: Source, target: str, out: str | Path, model: Literal["none", "merged"] = "none", verify: bool = True
 ) -> None:
     """Writes heads for a server.
 
     Args:
-        source: The heads and their backbone, from `find_source`.
+        source: The heads and their model, from `find_source`.
         target: A name in `formats.TARGETS`.
         out: The directory to write; new, empty, or with an earlier export, whose weights are replaced.
-        backbone: `merged` writes the backbone that Medusa-2 trained into `out/backbone`. Formats that keep the heads
-            among the backbone's tensors hold it in any case.
+        model: `merged` writes the model that Medusa-2 trained into `out/merged_model`. Formats that keep the heads
+            among the model's tensors hold it in any case.
         verify: Whether the files are read back through an independent loader and their logits compared.
 
     Raises:
@@ -72,12 +72,12 @@ def export(
     """
     out, format_ = Path(out), _target(target)
     served = served_config(source)
-    merged = backbone == "merged" and format_.file is not None
+    merged = model == "merged" and format_.file is not None
     _check(source, format_, served, out, merged=merged)
     _prepare(source, format_, out)
     base_model = _served_model(source, format_, out, merged=merged)
     if merged:
-        _write_backbone(source, out / BACKBONE_FOLDER)
+        _write_model(source, out / MERGED_FOLDER)
     _write_heads(source, format_, served, out, base_model)
     if adapter := _unmerged_adapter(source, format_, merged=merged):
         _copy_adapter(adapter, out)
@@ -88,13 +88,13 @@ def export(
         config=source.config,
         meta=source.meta,
         base_model=source.base_model,
-        backbone="base" if source.backbone == "base" else "adapter" if adapter else "full",
+        model="base" if source.model_kind == "base" else "adapter" if adapter else "full",
         serve=serve_command(target, str(out), base_model, num_heads, served.get("model_type", "")),
         measured=measured_in_training(source.output_dir),
     )
     (out / CARD_FILE).write_text(card, encoding="utf-8")
     if verify:
-        written = Source(source.heads_dir, source.config, {}, str(out / BACKBONE_FOLDER)) if merged else source
+        written = Source(source.heads_dir, source.config, {}, str(out / MERGED_FOLDER)) if merged else source
         output, dtype = lm_head(written), _heads_dtype(source)
         trained = {name: tensor.load for name, tensor in source.heads().items() if name != SHARED_OUTPUT_LAYER}
         verify_export(target, out, trained, lambda: output.load().to(dtype))
@@ -111,9 +111,9 @@ def _check(source: Source, target: Target, served: dict[str, Any], out: Path, *,
     reason = refusal(target, source.config, served, str(out.absolute()), head_has_bias=lm_head_bias(source))
     if reason:
         raise ValueError(reason)
-    if merged and source.backbone == "base":
+    if merged and source.model_kind == "base":
         raise ValueError(
-            f"found heads of {source.base_model} as it is, expected a backbone trained with them for --backbone merged; "
+            f"found heads of {source.base_model} as it is, expected a model trained with them for --model merged; "
             "leave it out and serve that model"
         )
     if adapter := _unmerged_adapter(source, target, merged=merged):
@@ -131,14 +131,14 @@ def _check_adapter(adapter: Path, target: Target) -> None:
     """Refuses an adapter beside the heads where the server would not apply it, or only a part of it."""
     if not target.adapters:
         raise ValueError(
-            f"found heads trained with the adapter in {adapter}, expected a merged backbone: {target.name} does not serve "
-            "both; add --backbone merged, or export to lorax"
+            f"found heads trained with the adapter in {adapter}, expected a merged model: {target.name} does not serve "
+            "both; add --model merged, or export to lorax"
         )
     other = [name for name in _adapter_tensors(adapter) if not _LORA_NAME.search(name)]
     if other:
         raise ValueError(
             f"found {other[0]} in {adapter}, expected nothing but LoRA matrices: {target.name} would leave it out; "
-            "add --backbone merged"
+            "add --model merged"
         )
 
 
@@ -163,7 +163,7 @@ def _check_shared_output_layer(source: Source) -> None:
 def _match(trained: Tensor, served: Tensor, dtype: torch.dtype, source: Source) -> bool:
     """Whether `trained` is `served` in `dtype`."""
     # Training merges an adapter on lm_head in the model's own type, the export in fp32.
-    tolerance = 2 * torch.finfo(dtype).eps if source.backbone == "adapter" else 0.0
+    tolerance = 2 * torch.finfo(dtype).eps if source.model_kind == "adapter" else 0.0
     for start in range(0, len(trained), _ROWS):
         rows = slice(start, start + _ROWS)
         own, other = trained[rows].float(), served[rows].to(dtype).float()
@@ -176,7 +176,7 @@ def _match(trained: Tensor, served: Tensor, dtype: torch.dtype, source: Source) 
 
 def _prepare(source: Source, target: Target, out: Path) -> None:
     """Makes the directory, or takes an earlier export's weights out of it, and marks it as an export."""
-    own = (source.heads_dir, source.output_dir, source.adapter_dir, source.backbone_dir())
+    own = (source.heads_dir, source.output_dir, source.adapter_dir, source.model_dir())
     for directory in (directory.resolve() for directory in own if directory is not None):
         if out.resolve() in (directory, *directory.parents):
             raise ValueError(
@@ -186,7 +186,7 @@ def _prepare(source: Source, target: Target, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not marker.is_file() or "export" not in read_json(marker):
             raise ValueError(f"{out} is not empty, expected a new directory or an earlier export; choose another --out")
-        for folder in (out, out / BACKBONE_FOLDER):
+        for folder in (out, out / MERGED_FOLDER):
             for file in [file for pattern in _WRITTEN for file in folder.glob(pattern)]:
                 file.unlink()
     out.mkdir(parents=True, exist_ok=True)
@@ -194,11 +194,11 @@ def _prepare(source: Source, target: Target, out: Path) -> None:
 
 
 def _served_model(source: Source, target: Target, out: Path, *, merged: bool) -> str:
-    """Name or path of the backbone that goes with the export."""
+    """Name or path of the model that goes with the export."""
     if target.file is None:
         return str(out)
     if merged:
-        return str((out / BACKBONE_FOLDER).resolve())
+        return str((out / MERGED_FOLDER).resolve())
     return str(source.full_model_dir.resolve() if source.full_model_dir else source.base_model)
 
 
@@ -231,8 +231,8 @@ def _heads_dtype(source: Source) -> torch.dtype:
     return source.heads().dtype("0.0.linear.weight")
 
 
-def _write_backbone(source: Source, directory: Path) -> None:
-    """Writes the backbone as plain transformers loads it; its config has no Medusa key, which TGI would stumble over."""
+def _write_model(source: Source, directory: Path) -> None:
+    """Writes the model as plain transformers loads it; its config has no Medusa key, which TGI would stumble over."""
     directory.mkdir(exist_ok=True)
     write_sharded(directory, merged_tensors(source))
     write_json(directory / CONFIG_FILE, served_config(source))

@@ -47,7 +47,7 @@ class Target:
 
     Attributes:
         name: What `--to` takes.
-        file: The weights' file, None where the heads lie among the backbone's tensors.
+        file: The weights' file, None where the heads lie among the model's tensors.
         block: Name of a block's linear layer, of head `{i}` and block `{j}`.
         output: Name of an output layer, of head `{i}`; `{j}` is the number of blocks.
         shared: How heads that share lm_head are written.
@@ -152,14 +152,14 @@ def form_of(config: Mapping[str, Any]) -> Literal["shared", "separate"]:
 
 
 def target_config(target: Target, config: Mapping[str, Any], base_model: str) -> dict[str, Any]:
-    """What the consumer's `config.json` says of the heads; beside the backbone's own keys where they lie in its files.
+    """What the consumer's `config.json` says of the heads; beside the model's own keys where they lie in its files.
 
     `architectures` is in none of them: vLLM fills it in, and TGI crashes at every value.
 
     Args:
         target: The format.
         config: `config.json` of the canonical directory.
-        base_model: Name or path of the backbone that will be served.
+        base_model: Name or path of the model that will be served.
     """
     heads, layers = config["medusa_num_heads"], config["medusa_num_layers"]
     shared = target.output_layers(form_of(config), layers) in ("one", "none")
@@ -195,13 +195,13 @@ def refusal(
     Args:
         target: The format.
         config: `config.json` of the canonical directory.
-        served: `config.json` of the backbone that will be served.
+        served: `config.json` of the model that will be served.
         out: Path of the export: vLLM guesses the kind of a draft model from it.
-        head_has_bias: Whether the backbone's lm_head has a bias.
+        head_has_bias: Whether the model's lm_head has a bias.
     """
     return (
         _refused_heads(target, config)
-        or _refused_backbone(target, config, served, head_has_bias=head_has_bias)
+        or _refused_model(target, config, served, head_has_bias=head_has_bias)
         or _refused_path(target, out)
     )
 
@@ -226,12 +226,12 @@ def _refused_heads(target: Target, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _refused_backbone(
+def _refused_model(
     target: Target, config: Mapping[str, Any], served: Mapping[str, Any], *, head_has_bias: bool
 ) -> str | None:
     if target.model_types is not None and served.get("model_type") not in target.model_types:
         return (
-            f"found a {served.get('model_type')} backbone, expected {' or '.join(target.model_types)}: {target.name} has no "
+            f"found a {served.get('model_type')} model, expected {' or '.join(target.model_types)}: {target.name} has no "
             "other; export to vllm"
         )
     text = served.get("text_config") or served

@@ -1,6 +1,6 @@
 """Peft's LoRA files: what an adapter does to each parameter of a model, and how that is added to it.
 
-Contract: knows adapter files and matrices; which model they belong to is `backbone`'s to say.
+Contract: knows adapter files and matrices; which model they belong to is `serving.served_model`'s to say.
 """
 
 from __future__ import annotations

@@ -19,12 +19,12 @@ _RTP_MODEL_TYPES = {"qwen2": "qwen_2", "qwen3": "qwen_3"}
 
 _RECIPES = {
     "medusa-1": "Medusa-1: the heads were trained on the frozen base model",
-    "medusa-2": "Medusa-2: the heads were trained together with the backbone",
+    "medusa-2": "Medusa-2: the heads were trained together with the model",
 }
 _SERVED = {
     "base": "the base model as it is",
     "adapter": "the base model with the LoRA adapter that was trained with the heads",
-    "full": "the backbone that was trained with the heads, all of its weights",
+    "full": "the model that was trained with the heads, all of its weights",
 }
 
 
@@ -34,9 +34,9 @@ def serve_command(target: str, directory: str, served_model: str, num_heads: int
     Args:
         target: The export's format.
         directory: Where the export is.
-        served_model: Directory or Hub name of the backbone that is served, for the servers that are told both.
+        served_model: Directory or Hub name of the model that is served, for the servers that are told both.
         num_heads: Number of heads N.
-        model_type: The backbone's `model_type`.
+        model_type: The model's `model_type`.
 
     Returns:
         One command, or several, a line each.
@@ -128,7 +128,7 @@ def model_card(
     config: Mapping[str, Any],
     meta: Mapping[str, Any],
     base_model: str | None,
-    backbone: str,
+    model: str,
     serve: str,
     measured: Mapping[str, float] | None = None,
 ) -> str:
@@ -139,14 +139,14 @@ def model_card(
         config: The canonical `config.json` of the heads.
         meta: Their `medusa_meta.json`, empty if unknown.
         base_model: Directory or Hub name of the base model.
-        backbone: What has to be served with them: `base`, `adapter` or `full`.
+        model: What has to be served with them: `base`, `adapter` or `full`.
         serve: The command that serves the export.
         measured: Metrics by the trainer's names, as `measured_in_training` gives them.
     """
     yaml = meta.get("yaml", {})
     data = [str(entry["path"]) for entry in yaml.get("datasets") or [] if entry.get("path")]
     name = "a language model" if base_model is None else Path(base_model).name
-    facts = "\n".join(f"| {key} | {value} |" for key, value in _facts(config, meta, base_model, backbone, data))
+    facts = "\n".join(f"| {key} | {value} |" for key, value in _facts(config, meta, base_model, model, data))
     return f"""{_metadata(base_model, data)}
 
 # Medusa heads for {name}
@@ -186,13 +186,13 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _facts(
-    config: Mapping[str, Any], meta: Mapping[str, Any], base_model: str | None, backbone: str, data: list[str]
+    config: Mapping[str, Any], meta: Mapping[str, Any], base_model: str | None, model: str, data: list[str]
 ) -> Iterator[tuple[str, str]]:
     layers = config["medusa_num_layers"]
     output_layer = "the served model's output layer" if config["original_lm_head"] else "an output layer of their own"
     yield "base model", f"`{base_model}`" if base_model else "unknown"
     yield "recipe", _RECIPES.get(str(meta.get("recipe")), "unknown")
-    yield "served with", _SERVED[backbone]
+    yield "served with", _SERVED[model]
     yield (
         "heads",
         f"{config['medusa_num_heads']}, each of {layers} residual block{'s' * (layers > 1)}, with {output_layer}",

@@ -1,6 +1,6 @@
-"""The backbone that is served with the heads, one tensor at a time: the base model, with its adapter merged, or a full one.
+"""The model that is served with the heads, one tensor at a time: the base model, with its adapter merged, or a full one.
 
-Contract: knows Hugging Face checkpoints by their files, without the model's class, and nothing about heads or servers.
+Contract: knows models by their Hugging Face files, without the model's class, and nothing about heads or servers.
 Nothing is loaded before it is written, and a merge works in the memory of the tensor that it changes.
 """
 
@@ -23,7 +23,7 @@ _CONV1D = {
 
 
 class _Served(NamedTuple):
-    """The served backbone: its tensors by name, its `config.json`, and which tensors are its embeddings."""
+    """The served model: its tensors by name, its `config.json`, and which tensors are its embeddings."""
 
     tensors: dict[str, LazyTensor]
     config: dict[str, Any]
@@ -31,7 +31,7 @@ class _Served(NamedTuple):
 
 
 def lm_head(source: Source) -> LazyTensor:
-    """The served backbone's output embedding, `[vocab_size, hidden_size]`: with tied embeddings the input embedding.
+    """The served model's output embedding, `[vocab_size, hidden_size]`: with tied embeddings the input embedding.
 
     Raises:
         ValueError: As `merged_tensors`.
@@ -41,13 +41,13 @@ def lm_head(source: Source) -> LazyTensor:
 
 
 def lm_head_bias(source: Source) -> bool:
-    """Whether the served backbone adds a bias to its logits, which no head has."""
+    """Whether the served model adds a bias to its logits, which no head has."""
     served = _served(source)
     return served.embeddings.head.removesuffix("weight") + "bias" in served.tensors
 
 
 def merged_tensors(source: Source) -> list[LazyTensor]:
-    """The served backbone's tensors under the base model's names, in its files' order and in its types.
+    """The served model's tensors under the base model's names, in its files' order and in its types.
 
     A matrix with LoRA becomes `W + scaling · B A`, added in fp32 and rounded once. That is what peft's `merge_and_unload`
     gives on the unquantized base model, with one exception: where the base model ties its embeddings and the adapter
@@ -61,7 +61,7 @@ def merged_tensors(source: Source) -> list[LazyTensor]:
 
 
 def served_config(source: Source) -> dict[str, Any]:
-    """The served backbone's `config.json`, with the sizes and ties that the merge leaves and without any Medusa key.
+    """The served model's `config.json`, with the sizes and ties that the merge leaves and without any Medusa key.
 
     Raises:
         ValueError: As `merged_tensors`.
@@ -76,14 +76,14 @@ def copy_tokenizer(source: Source, directory: Path) -> None:
 
 
 def copy_generation_config(source: Source, directory: Path) -> None:
-    """Copies the backbone's `generation_config.json`, and the code of a model that brings its own, where there are any."""
-    origin = source.backbone_dir()
+    """Copies the model's `generation_config.json`, and the code of a model that brings its own, where there are any."""
+    origin = source.model_dir()
     for file in [*origin.glob("generation_config.json"), *origin.glob("*.py")]:
         shutil.copyfile(file, directory / file.name)
 
 
 def _served(source: Source) -> _Served:
-    origin = source.backbone_dir()
+    origin = source.model_dir()
     config = {key: value for key, value in read_json(origin / "config.json").items() if "medusa" not in key.lower()}
     tensors = {tensor.name: tensor for tensor in TensorFiles.open(origin).values()}
     base = _Served(tensors, config, stored_embeddings(tensors, config, origin))

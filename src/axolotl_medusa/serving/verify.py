@@ -34,7 +34,7 @@ class _Head:
 
     Attributes:
         blocks: Name and value of the weight and the bias of each residual block; no bias where none is built.
-        output: Name and value of the output layer, None where the consumer uses the backbone's.
+        output: Name and value of the output layer, None where the consumer uses the model's.
     """
 
     blocks: list[dict[str, tuple[str, Tensor]]] = field(default_factory=list)
@@ -145,7 +145,7 @@ def _tgi(directory: Path) -> Iterator[_Head]:
         raise ValueError("config.json: base_model_name_or_path is missing, expected the served model")
     files = _Files([directory / "medusa_lm_head.safetensors"])
     if "lm_head.weight" in files:
-        raise ValueError("lm_head.weight is also a tensor of the backbone, expected no such name")
+        raise ValueError("lm_head.weight is also a tensor of the model, expected no such name")
     num_heads, num_layers = config["medusa_num_heads"], config["medusa_num_layers"]
     first = all(f"{i}.{num_layers}.weight" in files for i in range(num_heads))
     if not first and num_layers != 1:
@@ -188,7 +188,7 @@ def _fasterdecoding(directory: Path) -> Iterator[_Head]:
 
 
 def _fasterdecoding_legacy(directory: Path) -> Iterator[_Head]:
-    """FasterDecoding's first loader: blocks alone, after which comes the backbone's lm_head."""
+    """FasterDecoding's first loader: blocks alone, after which comes the model's lm_head."""
     config = _config(directory)
     files = _Files([directory / "medusa_lm_head.pt"])
     for i in range(config["medusa_num_heads"]):
@@ -207,10 +207,10 @@ def _tensorrt_llm(directory: Path) -> Iterator[_Head]:
         yield _numbered(files, i, config["medusa_num_layers"])
 
 
-def _in_backbone(
+def _in_model_files(
     prefix: str, counts: Callable[[Mapping[str, Any]], tuple[int, int]]
 ) -> Callable[[Path], Iterator[_Head]]:
-    """Heads among the tensors of a Hugging Face checkpoint."""
+    """Heads among the tensors of a model."""
 
     def load(directory: Path) -> Iterator[_Head]:
         num_heads, num_layers = counts(_config(directory))
@@ -222,7 +222,7 @@ def _in_backbone(
 
 
 def _checkpoint(directory: Path) -> _Files:
-    """A checkpoint as transformers opens it: the index says which files."""
+    """A model as transformers opens it: the index says which files."""
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         return _Files([directory / "model.safetensors"])
@@ -236,15 +236,15 @@ _LOADERS: dict[str, Callable[[Path], Iterator[_Head]]] = {
     "lorax": _lorax,
     "fasterdecoding": _fasterdecoding,
     "fasterdecoding-legacy": _fasterdecoding_legacy,
-    "fasterdecoding-merged": _in_backbone(
+    "fasterdecoding-merged": _in_model_files(
         "medusa_head.", lambda config: (config["medusa_num_heads"], config["medusa_num_layers"])
     ),
     "tensorrt-llm": _tensorrt_llm,
-    "rtp-llm": _in_backbone(
+    "rtp-llm": _in_model_files(
         "medusa_head.",
         lambda config: (config["medusa_config"]["medusa_num_heads"], config["medusa_config"]["medusa_num_layers"]),
     ),
-    "modelopt": _in_backbone(
+    "modelopt": _in_model_files(
         "medusa_heads.", lambda config: (config["medusa"]["num_medusa_heads"], config["medusa"]["num_medusa_layers"])
     ),
 }
@@ -259,7 +259,7 @@ def verify_export(
         target: The export's format.
         directory: The export.
         trained: Reads each tensor of the heads' own, by canonical name.
-        lm_head: Reads the output embedding of the backbone that is served, `[vocab_size, hidden_size]`, in the heads' type.
+        lm_head: Reads the output embedding of the model that is served, `[vocab_size, hidden_size]`, in the heads' type.
 
     Raises:
         ValueError: A logit differs; the line names the tensor. Nothing is deleted.
@@ -305,7 +305,7 @@ def _compare(
         for block in served.blocks:
             bias = block["bias"][1].float() if "bias" in block else None
             found_hidden = found_hidden + silu(linear(found_hidden, block["weight"][1].float(), bias))
-        name, weight = served.output or ("the backbone's lm_head", lm_head())
+        name, weight = served.output or ("the model's lm_head", lm_head())
         if weight.shape != output.shape:
             raise ValueError(f"{name} is {tuple(weight.shape)}, expected {tuple(output.shape)}")
         difference = _largest_difference(found_hidden, weight, expected_hidden, output)

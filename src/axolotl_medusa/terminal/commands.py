@@ -20,7 +20,7 @@ from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, chain, default_tree, write_tree
 from axolotl_medusa.measuring.evaluate import PromptTokens, check_fits, environment, evaluate
 from axolotl_medusa.measuring.plots import check_matplotlib, write_plots
-from axolotl_medusa.measuring.quality import compare_backbones
+from axolotl_medusa.measuring.quality import compare_models
 from axolotl_medusa.measuring.step_times import SIZES, StepTimes, measure_steps
 from axolotl_medusa.measuring.tree_tuning import TunedTree, tune_tree
 from axolotl_medusa.model.anatomy import causal_lm
@@ -49,7 +49,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         device = causal_lm(model.base_model).get_input_embeddings().weight.device
         original = load_original(options.heads, options.base_model, options.original, device)
         texts = [conversation_tokens(tokenizer, row) for row in held_out]
-        report["quality"] = dataclasses.asdict(compare_backbones(model.base_model, original, texts))
+        report["quality"] = dataclasses.asdict(compare_models(model.base_model, original, texts))
     _print_report(report, times)
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -86,7 +86,7 @@ def _print_report(report: Mapping[str, Any], times: StepTimes) -> None:
     if "quality" in report:
         quality = report["quality"]
         print(
-            f"backbone on {quality['tokens']} held-out tokens: perplexity {quality['perplexity']:.3f}, original "
+            f"model on {quality['tokens']} held-out tokens: perplexity {quality['perplexity']:.3f}, original "
             f"{quality['original_perplexity']:.3f}, KL(original || trained) {quality['kl']:.5f}"
         )
 
