@@ -23,7 +23,7 @@ test: venv lint
 	.venv/bin/python -m pytest -m "not vllm" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-cuda: venv
-	MEDUSA_TEST_DEVICE=cuda .venv/bin/python -m pytest tests/losses/test_chunked.py tests/training/test_objective.py $(ARGS)
+	MEDUSA_TEST_DEVICE=cuda .venv/bin/python -m pytest tests/losses/test_chunked.py tests/losses/test_matmuls.py tests/training/test_objective.py $(ARGS)
 
 test-serving: venv venv-vllm
 	.venv/bin/python -m pytest -m vllm $(ARGS)

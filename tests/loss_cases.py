@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from axolotl_medusa.losses.chunked import OutputLayer
-from axolotl_medusa.losses.reference import RowLossWeights
+from axolotl_medusa.losses.prediction import OutputLayer
+from axolotl_medusa.losses.reference import LossWeights
 
 ROWS, HIDDEN, VOCAB = 23, 6, 37
 
@@ -14,11 +14,11 @@ RTOL, ATOL = 1e-5, 1e-6  # fp32 rounding of the same sums in another order
 
 
 LOSSES = {
-    "ce": RowLossWeights(),
-    "weighted-ce": RowLossWeights(cross_entropy=0.3),
-    "own-softmax": RowLossWeights(own_softmax=0.4),
-    "kl": RowLossWeights(cross_entropy=0.0, kl=1.0),
-    "all-terms": RowLossWeights(cross_entropy=0.7, kl=1.3, own_softmax=0.25),
+    "ce": LossWeights(),
+    "weighted-ce": LossWeights(cross_entropy=0.3),
+    "own-softmax": LossWeights(own_softmax=0.4),
+    "kl": LossWeights(cross_entropy=0.0, kl=1.0),
+    "all-terms": LossWeights(cross_entropy=0.7, kl=1.3, own_softmax=0.25),
 }
 
 

@@ -91,8 +91,8 @@ def naive_loss(
                 elif head_loss == "ce":
                     loss = F.cross_entropy(row, one_hot)
                 else:
-                    fixed = base_logits if teacher_logits is None else teacher_logits
-                    p = torch.softmax(fixed[b, t + column].detach(), -1)
+                    taught_by = base_logits if teacher_logits is None else teacher_logits
+                    p = torch.softmax(taught_by[b, t + column].detach(), -1)
                     loss = (p * (p.log() - torch.log_softmax(row, -1))).sum()
                 losses[column].append(loss)
     total = torch.zeros(()) if only_heads else mean_over_counted(losses[0])

@@ -1,4 +1,4 @@
-"""The loss of one separate head, forward and backward, by every path that there is: what `chunked_loss` was chosen among.
+"""The loss of one separate head, forward and backward, by every path that there is: what `losses/chunked.py` was chosen among.
 
     python -m benchmarks.train_step.loss_paths [--rows 1203] [--vocab 49152] [--hidden 576] [--rounds 5] [--device cuda] [--json FILE]
 
@@ -6,7 +6,7 @@ In alternation: ours; ours with every chunk recomputed by autograd, as with shar
 rows; and torch's `linear_cross_entropy` (2.13 and later) with its own choice of chunks and with given ones. In bf16 the
 latter runs with `acc_policy="accurate"` only: on CPUs the other policies multiply in an emulated type, which by its
 documentation is 20 to 50 times as slow. On a GPU also Liger's `fused_linear_cross_entropy`, and its `fused_linear_jsd` beside
-our divergence from a fixed distribution.
+our divergence from a teacher.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from benchmarks.train_step.step_memory import memory_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from axolotl_medusa.losses.chunked import FixedDistribution, matmul_dtype, row_losses
+from axolotl_medusa.losses.chunked import chunked_loss
 from axolotl_medusa.losses.closed_form import fused_kernels_for
-from axolotl_medusa.losses.reference import RowLossWeights
+from axolotl_medusa.losses.prediction import Teacher, matmul_dtype
+from axolotl_medusa.losses.reference import LossWeights
 
 CHUNK_ROWS = (128, 256, 512, 1024)
 """Chunks that `linear_cross_entropy` is tried with."""
@@ -45,7 +46,7 @@ SAME = 0.01
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor, recompute: bool | None = None) -> Tensor:
     """The package's loss."""
     dtype = matmul_dtype(hidden.dtype, hidden.device)
-    loss, _ = row_losses([head_prediction(hidden, weight, targets, dtype)], recompute=recompute)
+    loss, _ = chunked_loss([head_prediction(hidden, weight, targets, dtype)], recompute=recompute)
     return loss
 
 
@@ -62,19 +63,19 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-def frozen_self(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden rows and output layer of a fixed distribution that differs from the trained one."""
+def teacher_of(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden rows and output layer of a teacher that differs from the student."""
     return hidden.detach().roll(1, dims=0), weight.detach()
 
 
 def divergence(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The package's mean KL(fixed ‖ trained)."""
+    """The package's mean KL(teacher ‖ student)."""
     every_row = torch.arange(len(targets), device=hidden.device)
     prediction = head_prediction(hidden, weight, targets, hidden.dtype)
-    prediction = replace(prediction, weights=RowLossWeights(cross_entropy=0.0, kl=1.0), fixed_rows=every_row)
-    fixed_hidden, fixed_weight = frozen_self(hidden, weight)
-    layer = replace(prediction.layer, weight=fixed_weight, parameters=[fixed_weight])
-    loss, _ = row_losses([prediction], FixedDistribution(fixed_hidden, layer))
+    prediction = replace(prediction, weights=LossWeights(cross_entropy=0.0, kl=1.0), teacher_rows=every_row)
+    teacher_hidden, teacher_weight = teacher_of(hidden, weight)
+    layer = replace(prediction.layer, weight=teacher_weight, parameters=[teacher_weight])
+    loss, _ = chunked_loss([prediction], Teacher(teacher_hidden, layer))
     return loss
 
 
@@ -82,8 +83,8 @@ def liger_divergence(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The same by Liger's fused linear Jensen-Shannon divergence, whose β = 0 is KL(teacher ‖ student)."""
     from liger_kernel.ops import LigerFusedLinearJSDFunction
 
-    fixed = frozen_self(hidden, weight)
-    loss: Tensor = LigerFusedLinearJSDFunction.apply(hidden, weight, *fixed, None, 0.0)
+    teacher = teacher_of(hidden, weight)
+    loss: Tensor = LigerFusedLinearJSDFunction.apply(hidden, weight, *teacher, None, 0.0)
     return loss
 
 

@@ -33,7 +33,8 @@ from benchmarks.train_step.step_memory import limit_to_available, memory_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from axolotl_medusa.losses.chunked import OutputLayer, Prediction, matmul_dtype, row_losses
+from axolotl_medusa.losses.chunked import chunked_loss
+from axolotl_medusa.losses.prediction import OutputLayer, Prediction, matmul_dtype
 
 STEPS_FOR_PEAK = 2
 """The optimizer's state comes with the first step; the second has everything."""
@@ -172,7 +173,7 @@ def heads_loss(case: Case, rounds: int) -> dict[str, Any]:
         targets = [torch.randint(shape.vocab, (count,)) for count in rows]
 
     def ours() -> None:
-        loss, _ = row_losses([head_prediction(*each, dtype) for each in zip(hidden, weights, targets, strict=True)])
+        loss, _ = chunked_loss([head_prediction(*each, dtype) for each in zip(hidden, weights, targets, strict=True)])
         loss.backward()  # type: ignore[no-untyped-call]
         for tensor in (*weights, *hidden):
             tensor.grad = None

@@ -1,4 +1,4 @@
-"""benchmarks/loss_paths.py: what is compared computes the same, and the table has a line for each."""
+"""benchmarks/train_step/loss_paths.py: what is compared computes the same, and the table has a line for each."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def test_every_path_has_the_same_loss_and_gradients():
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_divergence_is_the_mean_kl_from_a_fixed_distribution():
+def test_divergence_is_the_mean_kl_from_the_teacher():
     torch.manual_seed(0)
     hidden, weight = torch.randn(40, 16).requires_grad_(), torch.randn(300, 16).requires_grad_()
-    fixed_hidden, fixed_weight = loss_paths.frozen_self(hidden, weight)
-    assert not fixed_weight.requires_grad and not torch.equal(fixed_hidden, hidden)
-    log_q, p = (hidden @ weight.T).log_softmax(-1), (fixed_hidden @ fixed_weight.T).softmax(-1)
+    teacher_hidden, teacher_weight = loss_paths.teacher_of(hidden, weight)
+    assert not teacher_weight.requires_grad and not torch.equal(teacher_hidden, hidden)
+    log_q, p = (hidden @ weight.T).log_softmax(-1), (teacher_hidden @ teacher_weight.T).softmax(-1)
     expected = F.kl_div(log_q, p, reduction="batchmean")
     loss = loss_paths.divergence(hidden, weight, torch.randint(300, (40,)))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)

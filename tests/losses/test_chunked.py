@@ -13,15 +13,15 @@ from conftest import DEVICE
 from loss_cases import ATOL, HIDDEN, LOSSES, ROWS, RTOL, VOCAB, output_layer
 from torch.nn import functional as F
 
-from axolotl_medusa.losses import chunked as chunked_loss
-from axolotl_medusa.losses import closed_form, host_memory
-from axolotl_medusa.losses.chunked import COPIES, FixedDistribution, OutputLayer, Prediction, row_losses
-from axolotl_medusa.losses.closed_form import Accuracies
-from axolotl_medusa.losses.reference import RowLossWeights, chunk_losses, is_top_token, top_k_hits
+from axolotl_medusa.losses import chunk_plan, closed_form, matmuls
+from axolotl_medusa.losses.chunk_plan import COPIES
+from axolotl_medusa.losses.chunked import chunked_loss
+from axolotl_medusa.losses.prediction import Accuracies, OutputLayer, Prediction, Teacher
+from axolotl_medusa.losses.reference import LossWeights, is_top_token, reference_loss, top_k_hits
 
 
 class Case:
-    """Rows, an output layer with or without bias, targets, and a fixed distribution."""
+    """Rows, an output layer with or without bias, targets, and a teacher."""
 
     def __init__(self, rows=ROWS, dtype=torch.float32, vocab=VOCAB, bias=False, scale=1.0, matmul_dtype=None):
         torch.manual_seed(0)
@@ -29,8 +29,8 @@ class Case:
         self.linear = torch.nn.Linear(HIDDEN, vocab, bias=bias).to(dtype)
         self.hidden = torch.randn(rows, HIDDEN, dtype=dtype, requires_grad=True)
         self.targets = torch.randint(vocab, (rows,))
-        self.fixed_hidden, self.fixed_linear = torch.randn(rows, HIDDEN, dtype=dtype), torch.nn.Linear(HIDDEN, vocab)
-        self.fixed_linear.to(dtype).requires_grad_(False)
+        self.teacher_hidden = torch.randn(rows, HIDDEN, dtype=dtype)
+        self.teacher_linear = torch.nn.Linear(HIDDEN, vocab).to(dtype).requires_grad_(False)
         self.scale = scale
 
     @property
@@ -38,20 +38,20 @@ class Case:
         return output_layer(self.linear, dtype=self.matmul_dtype)
 
     @property
-    def fixed(self) -> FixedDistribution:
-        return FixedDistribution(self.fixed_hidden, output_layer(self.fixed_linear, dtype=self.matmul_dtype))
+    def teacher(self) -> Teacher:
+        return Teacher(self.teacher_hidden, output_layer(self.teacher_linear, dtype=self.matmul_dtype))
 
     @property
-    def fixed_logits(self):
-        return self.fixed_linear(self.fixed_hidden)
+    def teacher_logits(self):
+        return self.teacher_linear(self.teacher_hidden)
 
     def loss(self, weights=None, *, accuracies=None, layer=None, **options):
-        weights = weights or RowLossWeights()
+        weights = weights or LossWeights()
         every_row = torch.arange(len(self.targets), device=DEVICE) if weights.kl else None
         prediction = Prediction(
             self.hidden, self.targets, layer or self.layer, weights, self.scale, every_row, accuracies
         )
-        loss, (result,) = row_losses([prediction], self.fixed if weights.kl else None, **options)
+        loss, (result,) = chunked_loss([prediction], self.teacher if weights.kl else None, **options)
         return loss, result
 
     @property
@@ -68,21 +68,21 @@ MODES = {"in-forward": dict(recompute=False), "recompute": dict(recompute=True),
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bias", [False, True], ids=["matmul", "any-layer"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_row_losses_equal_chunk_losses_of_all_rows(name, bias, mode, chunk_rows, trained):
+def test_chunked_loss_equals_the_reference_of_all_rows(name, bias, mode, chunk_rows, trained):
     weights = LOSSES[name]
     case = Case(bias=bias, scale=0.3)
     case.hidden.requires_grad_(trained != "parameters")
     case.linear.requires_grad_(trained != "hidden")
     logits = case.linear(case.hidden)
-    fixed_logits = case.fixed_logits if weights.kl else None
-    expected, cross_entropy, kl, _ = chunk_losses(logits, case.targets, fixed_logits, weights)
+    teacher_logits = case.teacher_logits if weights.kl else None
+    expected, sums, _ = reference_loss(logits, case.targets, teacher_logits, weights)
     gradients = torch.autograd.grad(2.5 * 0.3 * expected, case.wanted)
     loss, result = case.loss(weights, chunk_rows=chunk_rows, accuracies=Accuracies(3), **MODES[mode])
     found = torch.autograd.grad(2.5 * loss, case.wanted)
     torch.testing.assert_close(loss, 0.3 * expected, rtol=RTOL, atol=ATOL)
     torch.testing.assert_close(result.loss, expected.detach(), rtol=RTOL, atol=ATOL)  # also after the backward
-    torch.testing.assert_close(result.cross_entropy, cross_entropy, rtol=RTOL, atol=ATOL)
-    torch.testing.assert_close(result.kl, kl, rtol=RTOL, atol=2 * ATOL)
+    torch.testing.assert_close(result.cross_entropy, sums.cross_entropy, rtol=RTOL, atol=ATOL)
+    torch.testing.assert_close(result.kl, sums.kl, rtol=RTOL, atol=2 * ATOL)
     assert not any(each.requires_grad for each in (result.loss, result.cross_entropy, result.kl))
     assert torch.equal(result.correct, is_top_token(logits, case.targets))
     assert torch.equal(result.topk_hits, top_k_hits(logits, case.targets, 3)) and result.topk_rows == ROWS
@@ -92,28 +92,28 @@ def test_row_losses_equal_chunk_losses_of_all_rows(name, bias, mode, chunk_rows,
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bias", [False, True], ids=["matmul", "any-layer"])
-def test_row_losses_of_several_predictions_drawn_to_one_fixed_distribution(bias, mode):
+def test_chunked_loss_of_several_students_of_one_teacher(bias, mode):
     """As the objective has them: rows that are missing here and there, one layer that two share, one without divergence."""
     shared, own = Case(bias=bias), Case(bias=bias, scale=0.7)
-    fixed, kl = shared.fixed, RowLossWeights(cross_entropy=0.5, kl=1.0)
+    teacher, kl = shared.teacher, LossWeights(cross_entropy=0.5, kl=1.0)
     every = torch.arange(ROWS)
     rows = [every, every[torch.randperm(ROWS)[:15].sort().values], every[9:12], None]
     predictions = []
     for number, chosen in enumerate(rows):
         case = own if number == 1 else shared
         hidden = torch.randn(ROWS if chosen is None else len(chosen), HIDDEN, requires_grad=True)
-        weights = RowLossWeights() if chosen is None else kl
+        weights = LossWeights() if chosen is None else kl
         targets = torch.randint(VOCAB, (len(hidden),))
         predictions.append(Prediction(hidden, targets, case.layer, weights, 0.5 + number, chosen))
     wanted = [each.hidden for each in predictions] + [*shared.linear.parameters(), *own.linear.parameters()]
     expected = 0.0
     for each, chosen in zip(predictions, rows, strict=True):
-        fixed_logits = None if chosen is None else shared.fixed_logits[chosen]
-        plain = chunk_losses(each.layer.project(each.hidden), each.targets, fixed_logits, each.weights)
-        expected = expected + each.scale * plain.loss
+        teacher_logits = None if chosen is None else shared.teacher_logits[chosen]
+        plain, _, _ = reference_loss(each.layer.project(each.hidden), each.targets, teacher_logits, each.weights)
+        expected = expected + each.scale * plain
     gradients = torch.autograd.grad(expected, wanted)
     for chunk_rows in (1, 5, 1000):
-        loss, results = row_losses(predictions, fixed, chunk_rows=chunk_rows, **MODES[mode])
+        loss, results = chunked_loss(predictions, teacher, chunk_rows=chunk_rows, **MODES[mode])
         torch.testing.assert_close(loss, expected, rtol=RTOL, atol=ATOL)
         assert len(results) == len(predictions)
         for ours, theirs in zip(torch.autograd.grad(loss, wanted), gradients, strict=True):
@@ -121,21 +121,21 @@ def test_row_losses_of_several_predictions_drawn_to_one_fixed_distribution(bias,
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["matmul", "any-layer"])
-def test_row_losses_compute_the_fixed_distribution_once_for_all_predictions(bias):
+def test_chunked_loss_computes_the_teacher_once_for_all_students(bias):
     case, seen = Case(bias=bias), []
     every = torch.arange(ROWS)
     predictions = [
-        Prediction(case.hidden, case.targets, case.layer, RowLossWeights(kl=1.0), fixed_rows=every) for _ in range(4)
+        Prediction(case.hidden, case.targets, case.layer, LossWeights(kl=1.0), teacher_rows=every) for _ in range(4)
     ]
-    layer = OutputLayer(partial(counting, case.fixed_linear, seen), VOCAB)
-    row_losses(predictions, FixedDistribution(case.fixed_hidden, layer), chunk_rows=10)
+    layer = OutputLayer(partial(counting, case.teacher_linear, seen), VOCAB)
+    chunked_loss(predictions, Teacher(case.teacher_hidden, layer), chunk_rows=10)
     assert seen == [10, 10, 3]
 
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("weights", ["ce", "kl"])
 @pytest.mark.parametrize("mode", MODES)
-def test_row_losses_sampled_accuracies_count_every_nth_row_of_each_chunk(mode, weights, every, monkeypatch):
+def test_chunked_loss_sampled_accuracies_count_every_nth_row_of_each_chunk(mode, weights, every, monkeypatch):
     monkeypatch.setattr(closed_form, "_BLOCK_BYTES", 4 * VOCAB * 4)  # blocks must not shift the sample
     case = Case()
     _, result = case.loss(LOSSES[weights], accuracies=Accuracies(4, every), chunk_rows=8, **MODES[mode])
@@ -147,7 +147,7 @@ def test_row_losses_sampled_accuracies_count_every_nth_row_of_each_chunk(mode, w
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_row_losses_of_certain_and_of_hopeless_targets(dtype):
+def test_chunked_loss_of_certain_and_of_hopeless_targets(dtype):
     """Probabilities next to 1, whose distance to 1 half precision cannot hold, and below the smallest number."""
     for logit, target in itertools.product((4.0, 8.0, 12.0, 16.0, 30.0, 96.0, 200.0, 1000.0), (0, 1)):
         case = Case(rows=1, dtype=dtype)
@@ -170,7 +170,7 @@ def test_row_losses_of_certain_and_of_hopeless_targets(dtype):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_row_losses_of_broken_logits_are_not_finite(value):
+def test_chunked_loss_of_broken_logits_is_not_finite(value):
     case = Case()
     with torch.no_grad():
         case.hidden[3, 2] = value
@@ -178,7 +178,7 @@ def test_row_losses_of_broken_logits_are_not_finite(value):
     assert not torch.isfinite(loss)
 
 
-def test_row_losses_second_backward_says_that_gradients_are_gone():
+def test_chunked_loss_second_backward_says_that_gradients_are_gone():
     loss, _ = Case().loss(recompute=False)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward was called a second time"):
@@ -187,9 +187,9 @@ def test_row_losses_second_backward_says_that_gradients_are_gone():
 
 @pytest.mark.parametrize("bias", [False, True], ids=["matmul", "any-layer"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_row_losses_without_rows_are_zero_with_a_zero_gradient_for_every_parameter(recompute, bias):
+def test_chunked_loss_without_rows_is_zero_with_a_zero_gradient_for_every_parameter(recompute, bias):
     case = Case(rows=0, bias=bias)
-    for weights in (RowLossWeights(), RowLossWeights(kl=1.0)):
+    for weights in (LossWeights(), LossWeights(kl=1.0)):
         loss, result = case.loss(weights, chunk_rows=3, recompute=recompute)
         assert loss.item() == 0.0 and result.cross_entropy.item() == 0.0
         assert result.correct is None and result.topk_hits is None
@@ -199,7 +199,7 @@ def test_row_losses_without_rows_are_zero_with_a_zero_gradient_for_every_paramet
 
 
 @pytest.mark.parametrize("why", ["no_grad", "nothing-trains"])
-def test_row_losses_without_anything_to_train_record_no_graph(why):
+def test_chunked_loss_without_anything_to_train_records_no_graph(why):
     case = Case()
     for tensor in (case.hidden, case.linear):
         tensor.requires_grad_(why == "no_grad")
@@ -210,10 +210,10 @@ def test_row_losses_without_anything_to_train_record_no_graph(why):
     torch.testing.assert_close(loss, expected.detach(), rtol=RTOL, atol=ATOL)
 
 
-def test_row_losses_in_the_forward_compute_no_gradient_for_a_frozen_layer(monkeypatch):
+def test_chunked_loss_in_the_forward_computes_no_gradient_for_a_frozen_layer(monkeypatch):
     case = Case()
     case.linear.requires_grad_(False)
-    monkeypatch.setattr(chunked_loss, "_add_weight_gradient", pytest.fail)
+    monkeypatch.setattr(matmuls, "add_weight_gradient", pytest.fail)
     case.loss(recompute=False)[0].backward()
     assert case.linear.weight.grad is None and case.hidden.grad is not None
 
@@ -226,7 +226,7 @@ def counting(layer, seen, hidden):
 @pytest.mark.parametrize(
     ("sharding", "passes"), [(None, 1), ("ds_shape", 2), ("device_mesh", 2)], ids=["plain", "zero-3", "fsdp-2"]
 )
-def test_row_losses_recompute_only_where_parameters_are_sharded(sharding, passes):
+def test_chunked_loss_recomputes_only_where_parameters_are_sharded(sharding, passes):
     case, seen = Case(bias=True), []
     if sharding:
         setattr(case.linear.weight, sharding, "sharded")
@@ -235,7 +235,7 @@ def test_row_losses_recompute_only_where_parameters_are_sharded(sharding, passes
     assert sorted(seen) == sorted([5, 5, 5, 5, 3] * passes)
 
 
-def test_row_losses_whole_recomputation_counts_nothing_twice():
+def test_chunked_loss_whole_recomputation_counts_nothing_twice():
     case = Case()
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
         loss, result = case.loss(chunk_rows=5, recompute=True, accuracies=Accuracies(VOCAB))
@@ -245,11 +245,11 @@ def test_row_losses_whole_recomputation_counts_nothing_twice():
 
 
 @pytest.mark.parametrize("weights", ["ce", "kl"])
-def test_row_losses_default_chunk_keeps_chunk_logits(weights, monkeypatch):
+def test_chunked_loss_default_chunk_keeps_chunk_logits(weights, monkeypatch):
     case, seen = Case(bias=True), []
     layer = output_layer(case.linear, partial(counting, case.linear, seen))
     for limit in (COPIES * 10 * VOCAB + 1, VOCAB - 1):  # never less than one row, however large the vocabulary
-        monkeypatch.setattr(chunked_loss, CHUNK_LOGITS, limit)
+        monkeypatch.setattr(chunk_plan, CHUNK_LOGITS, limit)
         case.loss(LOSSES[weights], layer=layer)
     assert seen == [10, 10, 3] + [1] * ROWS
 
@@ -276,8 +276,8 @@ def peak_bytes(work) -> int:
     [({}, "ce", 1.5), ({}, "kl", 6), (dict(bias=True), "ce", 4), (dict(bias=True), "all-terms", 8)],
     ids=["matmul-ce", "matmul-kl", "any-layer-ce", "any-layer-all"],
 )
-def test_row_losses_hold_logits_of_few_chunks(options, weights, chunks):
-    """One buffer where the layer is a matmul; with a fixed distribution its logits and probabilities too."""
+def test_chunked_loss_holds_logits_of_few_chunks(options, weights, chunks):
+    """One buffer where the layer is a matmul; with a teacher its logits and probabilities too."""
     rows, vocab, chunk_rows = 640, 4000, 10
     case = Case(rows=rows, vocab=vocab, **options)
     peak = peak_bytes(lambda: case.loss(LOSSES[weights], chunk_rows=chunk_rows, recompute=False)[0].backward())
@@ -288,7 +288,7 @@ def test_row_losses_hold_logits_of_few_chunks(options, weights, chunks):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_row_losses_memory_does_not_grow_with_rows_times_vocabulary(recompute):
+def test_chunked_loss_memory_does_not_grow_with_rows_times_vocabulary(recompute):
     peaks = []
     for rows in (100, 800):
         case = Case(rows=rows, vocab=4000)
@@ -298,7 +298,7 @@ def test_row_losses_memory_does_not_grow_with_rows_times_vocabulary(recompute):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("bias", [False, True], ids=["matmul", "any-layer"])
-def test_row_losses_in_bf16_have_an_fp32_loss_and_gradients_of_their_tensors_type(bias, recompute):
+def test_chunked_loss_in_bf16_has_an_fp32_value_and_gradients_of_its_tensors_type(bias, recompute):
     case = Case(dtype=torch.bfloat16, bias=bias)
     loss, result = case.loss(chunk_rows=4, recompute=recompute)
     assert loss.dtype == result.cross_entropy.dtype == result.kl.dtype == torch.float32
@@ -314,16 +314,18 @@ def test_row_losses_in_bf16_have_an_fp32_loss_and_gradients_of_their_tensors_typ
     ids=["matmul", "matmul-in-fp32", "any-layer"],
 )
 @pytest.mark.parametrize("name", LOSSES)
-def test_row_losses_in_bf16_are_no_further_from_fp32_than_plain_bf16(name, bias, matmul_dtype, mode, chunk_rows):
+def test_chunked_loss_in_bf16_is_no_further_from_fp32_than_plain_bf16(name, bias, matmul_dtype, mode, chunk_rows):
     """|ours - fp32| <= |whole bf16 - fp32| + tol: tells a bug from rounding."""
     rows, weights = 512, LOSSES[name]
     tolerance = math.sqrt(rows / chunk_rows) * 2**-9  # chunks are summed in bf16, each sum rounded to 8 bits
     case = Case(rows=rows, dtype=torch.bfloat16, bias=bias, matmul_dtype=matmul_dtype)
     exact = [tensor.detach().float().requires_grad_() for tensor in case.wanted]
-    fixed = case.fixed_hidden.float() @ case.fixed_linear.weight.float().T + case.fixed_linear.bias.float()
-    reference = chunk_losses(F.linear(*exact), case.targets, fixed if weights.kl else None, weights).loss
-    plain_fixed = case.fixed_logits if weights.kl else None
-    plain = chunk_losses(case.linear(case.hidden), case.targets, plain_fixed, weights).loss
+    exact_teacher = (
+        case.teacher_hidden.float() @ case.teacher_linear.weight.float().T + case.teacher_linear.bias.float()
+    )
+    reference, _, _ = reference_loss(F.linear(*exact), case.targets, exact_teacher if weights.kl else None, weights)
+    plain_teacher = case.teacher_logits if weights.kl else None
+    plain, _, _ = reference_loss(case.linear(case.hidden), case.targets, plain_teacher, weights)
     ours, _ = case.loss(weights, chunk_rows=chunk_rows, **MODES[mode])
     assert (ours - reference).abs() <= (plain - reference).abs() + 2**-9 * reference.abs()
     for found, theirs, right in zip(
@@ -335,7 +337,7 @@ def test_row_losses_in_bf16_are_no_further_from_fp32_than_plain_bf16(name, bias,
         assert (found - right).norm() <= (theirs - right).norm() + tolerance * right.norm()
 
 
-def test_row_losses_in_half_precision_of_certain_and_other_targets_together():
+def test_chunked_loss_in_half_precision_of_certain_and_other_targets_together():
     """Where a target is nearly certain its gradient comes from the other tokens: in those rows alone."""
     case = Case(dtype=torch.bfloat16)
     with torch.no_grad():
@@ -353,34 +355,24 @@ def test_row_losses_in_half_precision_of_certain_and_other_targets_together():
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 5, ROWS, ROWS + 1])
-def test_row_losses_gradient_of_rows_does_not_depend_on_how_many_are_multiplied_at_once(rows_at_once, monkeypatch):
+def test_chunked_loss_gradient_of_rows_does_not_depend_on_how_many_are_multiplied_at_once(rows_at_once, monkeypatch):
     expected, found = Case(dtype=torch.bfloat16), Case(dtype=torch.bfloat16)
-    monkeypatch.setattr(chunked_loss, "NARROW_HIDDEN", 0)
+    monkeypatch.setattr(matmuls, "NARROW_HIDDEN", 0)
     expected.loss(recompute=False)[0].backward()
-    monkeypatch.setattr(chunked_loss, "NARROW_HIDDEN", 2**20)
-    monkeypatch.setattr(chunked_loss, "NARROW_ROWS", rows_at_once)
+    monkeypatch.setattr(matmuls, "NARROW_HIDDEN", 2**20)
+    monkeypatch.setattr(matmuls, "NARROW_ROWS", rows_at_once)
     found.loss(recompute=False)[0].backward()
     for ours, theirs in zip(found.wanted, expected.wanted, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=2**-6, atol=2**-9)
 
 
-@pytest.mark.parametrize("is_fast", [True, False])
-def test_matmul_dtype_is_fp32_for_bf16_on_cpus_without_fast_matmuls_for_it_alone(is_fast, monkeypatch):
-    monkeypatch.setattr(chunked_loss, "multiplies_bf16", lambda: is_fast)
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert chunked_loss.matmul_dtype(torch.bfloat16, cpu) == (torch.bfloat16 if is_fast else torch.float32)
-    assert chunked_loss.matmul_dtype(torch.bfloat16, cuda) == torch.bfloat16
-    for dtype in (torch.float32, torch.float16):
-        assert chunked_loss.matmul_dtype(dtype, cpu) == chunked_loss.matmul_dtype(dtype, cuda) == dtype
-
-
 @pytest.mark.parametrize("tokens_at_once", [1, 7, VOCAB, VOCAB + 1])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
-def test_row_losses_weight_gradient_of_another_type_does_not_depend_on_its_parts(dtypes, tokens_at_once, monkeypatch):
+def test_chunked_loss_weight_gradient_of_another_type_does_not_depend_on_its_parts(dtypes, tokens_at_once, monkeypatch):
     dtype, matmul_dtype = dtypes
     expected, found = (Case(dtype=dtype, matmul_dtype=matmul_dtype) for _ in range(2))
     expected.loss(recompute=False, chunk_rows=8)[0].backward()
-    monkeypatch.setattr(chunked_loss, "CONVERTED_ELEMENTS", tokens_at_once * HIDDEN)
+    monkeypatch.setattr(matmuls, "CONVERTED_ELEMENTS", tokens_at_once * HIDDEN)
     found.loss(recompute=False, chunk_rows=8)[0].backward()
     for ours, theirs in zip(found.wanted, expected.wanted, strict=True):
         assert ours.grad.dtype == dtype
@@ -390,7 +382,7 @@ def test_row_losses_weight_gradient_of_another_type_does_not_depend_on_its_parts
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bias", [False, True], ids=["matmul", "any-layer"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_row_losses_make_their_tensors_where_the_rows_are(name, bias, mode):
+def test_chunked_loss_makes_its_tensors_where_the_rows_are(name, bias, mode):
     case = Case(bias=bias)
     expected, _ = case.loss(LOSSES[name], accuracies=Accuracies(3))
     with torch.device("meta"):  # where what is made without saying where would be
@@ -400,42 +392,16 @@ def test_row_losses_make_their_tensors_where_the_rows_are(name, bias, mode):
     assert {each.device.type for each in (result.loss, result.correct, *(t.grad for t in case.wanted))} == {DEVICE}
 
 
-@pytest.mark.parametrize("chunks", [0, 1, 3])
-@pytest.mark.parametrize(
-    ("weight_dtype", "matmul_dtype"),
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)],
-    ids=["fp32", "bf16", "bf16-to-fp32"],
-)
-def test_weight_gradient_is_the_sum_over_chunks_whatever_was_in_its_memory(
-    weight_dtype, matmul_dtype, chunks, monkeypatch
-):
-    monkeypatch.setattr(
-        host_memory, "empty", lambda _, shape, dtype, device: torch.full(shape, math.nan, dtype=dtype, device=device)
-    )
-    torch.manual_seed(0)
-    weight = torch.zeros(VOCAB, HIDDEN, dtype=weight_dtype, requires_grad=True)
-    parts = [(torch.randn(7, VOCAB, dtype=matmul_dtype), torch.randn(7, HIDDEN, dtype=matmul_dtype)) for _ in range(3)]
-    parts = parts[:chunks] or [(parts[0][0][:0], parts[0][1][:0])]
-    run, gradients = chunked_loss._Run([], None), chunked_loss._Gradients([], {id(weight): None})
-    for logits_gradient, rows in parts:
-        chunked_loss._add_weight_gradient(run, weight, logits_gradient, rows, gradients)
-    (found,) = gradients.of([weight])
-    expected = sum(logits_gradient.double().T @ rows.double() for logits_gradient, rows in parts)
-    assert found.dtype == weight_dtype
-    unrounded = torch.float32 in (matmul_dtype, weight_dtype if DEVICE == "cuda" else None)  # a GPU adds in fp32
-    assert (found - expected).norm() <= (1e-5 if unrounded else 2**-7) * expected.norm()
-
-
 @pytest.mark.parametrize("weights", ["ce", "all-terms"])
 @pytest.mark.parametrize("chunk_rows", [8, 1000])
-def test_row_losses_in_bf16_add_to_the_gradient_of_an_fp32_layer_in_fp32(chunk_rows, weights):
+def test_chunked_loss_in_bf16_adds_to_the_gradient_of_an_fp32_layer_in_fp32(chunk_rows, weights):
     """As autocast has it: sums over chunks lose nothing to the rounding of bf16."""
     case = Case(rows=512, matmul_dtype=torch.bfloat16)
-    case.fixed_linear.bias = None
+    case.teacher_linear.bias = None
     with torch.no_grad():  # what is left to round are the logits and their gradient
-        for tensor in (case.hidden, case.linear.weight, case.fixed_hidden, case.fixed_linear.weight):
+        for tensor in (case.hidden, case.linear.weight, case.teacher_hidden, case.teacher_linear.weight):
             tensor.copy_(tensor.bfloat16())
-    expected = chunk_losses(case.linear(case.hidden), case.targets, case.fixed_logits, LOSSES[weights]).loss
+    expected, _, _ = reference_loss(case.linear(case.hidden), case.targets, case.teacher_logits, LOSSES[weights])
     right = torch.autograd.grad(expected, case.linear.weight)[0]
     loss, _ = case.loss(LOSSES[weights], chunk_rows=chunk_rows, recompute=False)
     loss.backward()
@@ -444,10 +410,10 @@ def test_row_losses_in_bf16_add_to_the_gradient_of_an_fp32_layer_in_fp32(chunk_r
     assert (found - right).norm() <= 2**-7 * right.norm()
 
 
-def test_row_losses_weight_gradient_of_another_type_takes_memory_for_a_part_of_it(monkeypatch):
+def test_chunked_loss_weight_gradient_of_another_type_takes_memory_for_a_part_of_it(monkeypatch):
     """Beside the bf16 gradient: the layer in fp32 once, a chunk of logits, and a part of the gradient."""
     rows, vocab, part = 64, 16000, 500
-    monkeypatch.setattr(chunked_loss, "CONVERTED_ELEMENTS", part * HIDDEN)
+    monkeypatch.setattr(matmuls, "CONVERTED_ELEMENTS", part * HIDDEN)
     case = Case(rows=rows, vocab=vocab, dtype=torch.bfloat16, matmul_dtype=torch.float32)
     case.loss(chunk_rows=4, recompute=False)[0].backward()  # memory that is kept is lent again
     case.linear.weight.grad = case.hidden.grad = None
@@ -456,7 +422,7 @@ def test_row_losses_weight_gradient_of_another_type_takes_memory_for_a_part_of_i
     assert peak < 3 * weight_bytes + 2 * chunk_bytes + 4 * part * HIDDEN + 4 * rows * HIDDEN * 8
 
 
-def test_row_losses_in_the_forward_multiply_in_the_layers_type_under_autocast_too():
+def test_chunked_loss_in_the_forward_multiplies_in_the_layers_type_under_autocast_too():
     plain, under_autocast = (Case(dtype=torch.bfloat16, matmul_dtype=torch.float32) for _ in range(2))
     plain.loss(recompute=False, chunk_rows=8)[0].backward()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):

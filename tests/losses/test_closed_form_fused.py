@@ -13,8 +13,9 @@ pytest.importorskip("liger_kernel")
 CHECK = """
 import torch
 from axolotl_medusa.losses import closed_form
-from axolotl_medusa.losses.closed_form import Accuracies, gradient_in_place
-from axolotl_medusa.losses.reference import RowLossWeights
+from axolotl_medusa.losses.closed_form import gradient_in_place
+from axolotl_medusa.losses.prediction import Accuracies
+from axolotl_medusa.losses.reference import LossWeights
 
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
@@ -25,14 +26,14 @@ for dtype in (torch.float32, torch.bfloat16):
     for fused in (False, True):
         closed_form.fused_kernels_for = lambda device, fused=fused: fused
         gradient = logits.clone()
-        sums = gradient_in_place(gradient, targets, None, RowLossWeights(0.7), Accuracies(3, 2), lambda few: logits[few])
+        sums = gradient_in_place(gradient, targets, None, LossWeights(0.7), Accuracies(3, 2), lambda few: logits[few])
         found[fused] = (gradient, sums)
     (gradient, sums), (fused_gradient, fused_sums) = found[False], found[True]
     rounding = dict(rtol=2**-7, atol=2**-8) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fused_gradient, gradient, **rounding)
     torch.testing.assert_close(fused_sums.loss, sums.loss, **rounding)
     assert torch.equal(fused_sums.correct, sums.correct) and 0 < sums.correct.sum() < 21
-    assert torch.equal(fused_sums.hits, sums.hits)
+    assert torch.equal(fused_sums.topk_hits, sums.topk_hits)
     assert not torch.equal(gradient, logits)
 print("equal")
 """

@@ -6,11 +6,11 @@ import pytest
 import torch
 from loss_cases import output_layer
 
-from axolotl_medusa.losses import chunked as chunked_loss
-from axolotl_medusa.losses import host_memory
-from axolotl_medusa.losses.chunked import FixedDistribution, Prediction, row_losses
+from axolotl_medusa.losses import chunk_plan, host_memory
+from axolotl_medusa.losses.chunked import chunked_loss
 from axolotl_medusa.losses.host_memory import _Pool
-from axolotl_medusa.losses.reference import RowLossWeights
+from axolotl_medusa.losses.prediction import Prediction, Teacher
+from axolotl_medusa.losses.reference import LossWeights
 
 CPU = torch.device("cpu")
 SIZE = 2**20
@@ -110,10 +110,10 @@ def test_steps_of_medusa_2_need_the_memory_of_the_first_one(monkeypatch):
     for _ in range(4):
         states = torch.randn(rows, hidden, requires_grad=True)
         targets = torch.randint(vocab, (rows,))
-        base = Prediction(states, targets, output_layer(adapted), RowLossWeights(kl=1.0), 1.0, torch.arange(rows))
+        base = Prediction(states, targets, output_layer(adapted), LossWeights(kl=1.0), 1.0, torch.arange(rows))
         head = Prediction(states, targets, output_layer(own))
-        monkeypatch.setattr(chunked_loss, "CHUNK_LOGITS", 20 * vocab)
-        row_losses([head, base], FixedDistribution(states.detach(), output_layer(frozen)))[0].backward()
+        monkeypatch.setattr(chunk_plan, "CHUNK_LOGITS", 20 * vocab)
+        chunked_loss([head, base], Teacher(states.detach(), output_layer(frozen)))[0].backward()
         adapted.zero_grad()
         own.zero_grad()
         sizes.append(kept_bytes())

@@ -10,7 +10,7 @@ from conftest import DEVICE, HIDDEN, VOCAB, make_model
 from naive_reference import naive_acceptance_length, naive_loss
 from peft import LoraConfig, get_peft_model
 
-from axolotl_medusa.losses import chunked as chunked_loss
+from axolotl_medusa.losses import chunk_plan, chunked, prediction
 from axolotl_medusa.losses.targets import target_counts
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.training.objective import Objective, install_objective, metric_names
@@ -22,7 +22,7 @@ SEQ = 24
 @pytest.fixture(autouse=True)
 def _many_chunks(monkeypatch):
     for name in ("CHUNK_LOGITS", "ACCELERATOR_CHUNK_LOGITS"):
-        monkeypatch.setattr(chunked_loss, name, 5 * VOCAB)
+        monkeypatch.setattr(chunk_plan, name, 5 * VOCAB)
 
 
 def batch(packed: bool, seed: int = 1):
@@ -272,14 +272,14 @@ def test_objective_in_bf16_autocast_is_no_further_from_fp32_than_the_naive_refer
     case, multiplies_bf16, monkeypatch
 ):
     """|ours - fp32| <= |naive bf16 - fp32| + tol: tells a bug from rounding."""
-    computed_in, gradient_in_place = [], chunked_loss.gradient_in_place
+    computed_in, gradient_in_place = [], chunked.gradient_in_place
 
     def watched(logits, *arguments):
         computed_in.append(logits.dtype)
         return gradient_in_place(logits, *arguments)
 
-    monkeypatch.setattr(chunked_loss, "multiplies_bf16", lambda: multiplies_bf16)
-    monkeypatch.setattr(chunked_loss, "gradient_in_place", watched)
+    monkeypatch.setattr(prediction, "multiplies_bf16", lambda: multiplies_bf16)
+    monkeypatch.setattr(chunked, "gradient_in_place", watched)
     options = dict(CASES[case])
     packed = options.pop("packed", False)
     loss_options = {k: options.pop(k) for k in ("lm_coefficient", "kl_coefficient", "head_loss") if k in options}

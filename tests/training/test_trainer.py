@@ -10,7 +10,7 @@ from axolotl.utils.dict import DictDefault
 from conftest import HIDDEN, VOCAB, add_lora, make_model
 from datasets import Dataset
 
-from axolotl_medusa.losses import chunked as chunked_loss
+from axolotl_medusa.losses import prediction
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.training import trainer as trainer_module
 from axolotl_medusa.training.args import MedusaArgs
@@ -69,7 +69,7 @@ def test_metric_names_without_logging_are_losses_only():
 )
 def test_bf16_on_a_cpu_without_fast_matmuls_for_it_is_warned_of(keys, is_fast, expected, monkeypatch):
     seen = []
-    monkeypatch.setattr(chunked_loss, "multiplies_bf16", lambda: is_fast)
+    monkeypatch.setattr(prediction, "multiplies_bf16", lambda: is_fast)
     monkeypatch.setattr(trainer_module.LOG, "warning", seen.append)
     warn_of_slow_precision(with_heads(make_model()), config(**keys))
     assert len(seen) == expected

@@ -1,7 +1,8 @@
 """Gradients of the losses over a vocabulary in closed form, written over the logits that they are of.
 
-Contract: pure functions of tensors; values and gradients are those of `loss.chunk_losses`, which the tests hold them to.
-Rows are worked on in blocks: on a CPU, whose passes over the same memory find it in the cache; elsewhere where copies are made.
+Contract: pure functions of tensors; values and gradients are those of `reference.reference_loss`, which the tests hold them
+to. As there, p is the teacher's distribution and q the student's. Rows are worked on in blocks: on a CPU, whose passes over
+the same memory find it in the cache; elsewhere where copies are made.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from axolotl_medusa.losses.reference import RowLossWeights
+from axolotl_medusa.losses.prediction import Accuracies
+from axolotl_medusa.losses.reference import LossSums, LossWeights
 from axolotl_medusa.losses.targets import IGNORE_INDEX
 
 _BLOCK_BYTES = 2**25
@@ -31,55 +33,32 @@ _COPIES = 4
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass(frozen=True)
-class Accuracies:
-    """Which accuracies are wanted.
-
-    Attributes:
-        top_k: Top 1 to k.
-        every: Beyond the top token they come from every n-th row of a chunk.
-    """
-
-    top_k: int
-    every: int = 1
-
-
-class Sums(NamedTuple):
-    """Sums over the rows of a part; accuracies where they were wanted."""
-
-    loss: Tensor
-    cross_entropy: Tensor
-    kl: Tensor
-    correct: Tensor | None
-    hits: Tensor | None
-
-
-class FixedProbabilities(NamedTuple):
-    """The fixed distribution of a chunk: probabilities `[rows, vocab]` in fp32, and each row's sum of p log p."""
+class TeacherProbabilities(NamedTuple):
+    """The teacher's distribution in a chunk: probabilities p `[rows, vocab]` in fp32, and each row's sum of p log p."""
 
     p: Tensor
     p_log_p: Tensor
 
 
-def fixed_distribution(logits: Tensor, p: Tensor) -> FixedProbabilities:
-    """The probabilities that logits `[rows, vocab]` stand for, written into `p`, `[rows, vocab]` in fp32."""
+def teacher_probabilities(logits: Tensor, p: Tensor) -> TeacherProbabilities:
+    """The probabilities that a teacher's logits `[rows, vocab]` stand for, written into `p`, `[rows, vocab]` in fp32."""
     sums = torch.empty(logits.shape[0], device=logits.device)
     for block in _blocks(logits, _COPIES):
         scores = logits[block].float()
         torch.softmax(scores, dim=-1, out=p[block])
         log_sum = scores.amax(dim=-1) - p[block].amax(dim=-1).log()
         sums[block] = torch.linalg.vecdot(p[block], scores) - log_sum
-    return FixedProbabilities(p, sums)
+    return TeacherProbabilities(p, sums)
 
 
 @dataclass
 class _RowValues:
-    """What is known of every row of a part, `[rows]` each.
+    """The terms of every row, `[rows]` each: what is summed at the end.
 
     Attributes:
         cross_entropy: -log q[target].
         own_entropy: Entropy of q; zero where it is not asked for.
-        kl: KL(p ‖ q); zero without a fixed distribution.
+        kl: KL(p ‖ q); zero without a teacher.
         correct: Whether no token is more probable than the target.
     """
 
@@ -92,17 +71,17 @@ class _RowValues:
 def gradient_in_place(
     logits: Tensor,
     targets: Tensor,
-    fixed: FixedProbabilities | None,
-    weights: RowLossWeights,
+    teacher: TeacherProbabilities | None,
+    weights: LossWeights,
     accuracies: Accuracies | None,
     logits_again: Callable[[Tensor], Tensor],
-) -> Sums:
-    """Replaces logits by the gradient of their loss: `loss.chunk_losses` and its derivative in closed form.
+) -> LossSums:
+    """Replaces logits by the gradient of their loss: `reference_loss` and its derivative in closed form.
 
     Args:
-        logits: `[rows, vocab]`, in any type; afterwards the gradient of the sum over rows.
+        logits: The student's, `[rows, vocab]`, in any type; afterwards the gradient of the sum over rows.
         targets: Token ids, `[rows]`.
-        fixed: The fixed distribution of the same rows, if the loss has a divergence.
+        teacher: The teacher's probabilities for the same rows, if the loss has a divergence.
         weights: What the loss is made of.
         accuracies: Accuracies wanted, if any.
         logits_again: Logits of the rows with the given numbers, for the few whose target's probability underflows.
@@ -112,10 +91,10 @@ def gradient_in_place(
     """
     values = _RowValues(*torch.zeros((4, logits.shape[0]), device=logits.device))
     hits = torch.zeros(accuracies.top_k if accuracies else 0, dtype=torch.long, device=logits.device)
-    only_cross_entropy = fixed is None and not weights.own_softmax
+    only_cross_entropy = teacher is None and not weights.own_softmax
     for block in _blocks(logits, copies=1 if only_cross_entropy else _COPIES):
         if not only_cross_entropy:
-            hits += _all_terms_block(logits, block, targets, fixed, weights, values, accuracies)
+            hits += _all_terms_block(logits, block, targets, teacher, weights, values, accuracies)
         elif fused_kernels_for(logits.device):
             hits += _cross_entropy_fused(logits, block, targets, values, accuracies)
         else:
@@ -130,8 +109,9 @@ def gradient_in_place(
     loss = weights.cross_entropy * (1.0 - weights.own_softmax) * cross_entropy + weights.kl * kl
     loss = loss + weights.cross_entropy * weights.own_softmax * values.own_entropy.sum()
     if accuracies is None:
-        return Sums(loss, cross_entropy, kl, None, None)
-    return Sums(loss, cross_entropy, kl, values.correct.bool(), hits)
+        return LossSums(loss, cross_entropy, kl)
+    sampled = len(range(0, logits.shape[0], accuracies.every))
+    return LossSums(loss, cross_entropy, kl, values.correct.bool(), hits, sampled)
 
 
 @functools.cache
@@ -198,8 +178,8 @@ def _all_terms_block(
     logits: Tensor,
     block: slice,
     targets: Tensor,
-    fixed: FixedProbabilities | None,
-    weights: RowLossWeights,
+    teacher: TeacherProbabilities | None,
+    weights: LossWeights,
     values: _RowValues,
     accuracies: Accuracies | None,
 ) -> Tensor:
@@ -222,11 +202,11 @@ def _all_terms_block(
     values.correct[block] = of_target >= largest
     hits = _hits(q, of_target, block, accuracies)
     of_one_hot = weights.cross_entropy * (1.0 - weights.own_softmax)
-    if fixed is None:
+    if teacher is None:
         q *= of_one_hot
     else:
-        p = fixed.p[block]
-        values.kl[block] = fixed.p_log_p[block] - torch.linalg.vecdot(p, scores) + log_sum
+        p = teacher.p[block]
+        values.kl[block] = teacher.p_log_p[block] - torch.linalg.vecdot(p, scores) + log_sum
         q *= of_one_hot + weights.kl
         q.sub_(p, alpha=weights.kl)
     q[at_target] -= of_one_hot

@@ -1,12 +1,12 @@
 """The losses of Medusa training in plain PyTorch: what the fast forms in `chunked` and `closed_form` must equal.
 
-Contract: pure functions of tensors; knows nothing about models, axolotl or files.
+Contract: pure functions of tensors; knows nothing about models, axolotl or files. In formulas p is the teacher's
+distribution over the vocabulary, which gets no gradient, and q the student's, which is trained.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +14,16 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class RowLossWeights:
-    """What a row's loss is made of; `q` is the trained distribution, `p` a fixed one.
+class LossWeights:
+    """What the loss of a row is made of.
 
     `loss = cross_entropy · CE + kl · KL(p ‖ q)` with
     `CE = (1 - own_softmax) · -log q[target] + own_softmax · -Σ q.detach() log q`.
 
     Attributes:
         cross_entropy: Weight of the cross-entropy with the target.
-        kl: Weight of the divergence from `p`.
-        own_softmax: α, share of the model's own softmax in the cross-entropy's target.
+        kl: Weight of the divergence from the teacher.
+        own_softmax: α, share of the student's own softmax in the cross-entropy's target.
     """
 
     cross_entropy: float = 1.0
@@ -31,19 +31,19 @@ class RowLossWeights:
     own_softmax: float = 0.0
 
 
-CROSS_ENTROPY = RowLossWeights()
+CROSS_ENTROPY = LossWeights()
 
 
-@dataclass
-class RowLosses:
-    """Sums over rows, and what each row got right.
+@dataclass(frozen=True)
+class LossSums:
+    """Sums of a loss over rows, detached, and what the rows got right where accuracies were asked for.
 
     Attributes:
-        loss: The weighted loss, scalar, detached.
-        cross_entropy: Plain -log q[target], scalar, detached.
-        kl: KL(p ‖ q), scalar, detached; 0 without a fixed distribution.
-        correct: Whether no token has a larger logit than the target, `[rows]`; None where accuracies were not asked for.
-        topk_hits: Sampled rows whose target is among the top 1 to k tokens, `[k]`, or None.
+        loss: The weighted loss, scalar.
+        cross_entropy: Plain -log q[target], scalar.
+        kl: KL(p ‖ q), scalar; 0 without a teacher.
+        correct: Whether no token has a larger logit than the target, `[rows]`.
+        topk_hits: Sampled rows whose target is among the top 1 to k tokens, `[k]`.
         topk_rows: How many rows were sampled for `topk_hits`.
     """
 
@@ -55,39 +55,32 @@ class RowLosses:
     topk_rows: int = 0
 
 
-class ChunkLosses(NamedTuple):
-    """What `chunk_losses` returns; scalars are sums over rows."""
-
-    loss: Tensor
-    cross_entropy: Tensor
-    kl: Tensor
-    log_q: Tensor
-
-
-def chunk_losses(logits: Tensor, targets: Tensor, fixed_logits: Tensor | None, weights: RowLossWeights) -> ChunkLosses:
-    """The loss of a few rows, summed: the plain PyTorch that `chunked_loss` must equal.
+def reference_loss(
+    logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, weights: LossWeights
+) -> tuple[Tensor, LossSums, Tensor]:
+    """The loss of a few rows, summed: the plain PyTorch that `chunked.chunked_loss` must equal.
 
     Args:
-        logits: The trained logits, `[rows, vocab]`; used in fp32.
+        logits: The student's logits, `[rows, vocab]`; used in fp32.
         targets: Token ids, `[rows]`.
-        fixed_logits: Logits of the fixed distribution p, `[rows, vocab]`, or None.
+        teacher_logits: The teacher's logits for the same rows, `[rows, vocab]`, or None.
         weights: What the loss is made of.
 
     Returns:
-        The weighted loss, the plain cross-entropy, the divergence, and log q, `[rows, vocab]`; all but the first detached.
+        The weighted loss with its gradient, scalar; its sums without accuracies; and log q, `[rows, vocab]`, detached.
     """
-    logits = logits.float()
-    log_q = F.log_softmax(logits, dim=-1)
+    log_q = F.log_softmax(logits.float(), dim=-1)
     cross_entropy = F.nll_loss(log_q, targets, reduction="sum")
+    kl = torch.zeros_like(cross_entropy.detach())
     loss = weights.cross_entropy * (1.0 - weights.own_softmax) * cross_entropy
     if weights.own_softmax:
         own = log_q.detach().exp()
         loss = loss - weights.cross_entropy * weights.own_softmax * (own * log_q).sum()
-    if fixed_logits is None:
-        return ChunkLosses(loss, cross_entropy.detach(), torch.zeros_like(cross_entropy.detach()), log_q.detach())
-    log_p = F.log_softmax(fixed_logits.detach().float(), dim=-1)
-    kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return ChunkLosses(loss + weights.kl * kl, cross_entropy.detach(), kl.detach(), log_q.detach())
+    if teacher_logits is not None:
+        log_p = F.log_softmax(teacher_logits.detach().float(), dim=-1)
+        kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        loss = loss + weights.kl * kl
+    return loss, LossSums(loss.detach(), cross_entropy.detach(), kl.detach()), log_q.detach()
 
 
 def is_top_token(scores: Tensor, targets: Tensor) -> Tensor:

@@ -2,6 +2,47 @@
 
 Contract: knows the model, its heads and the losses; nothing about axolotl, optimizers or files. The loss is computed in
 the forward of the wrapped model because that is where DDP, FSDP and ZeRO-3 gather parameters and hook gradients.
+
+A batch's way from the YAML to an optimizer step (modules are those of this folder, unless a room stands before them):
+
+1. The YAML. `args.MedusaArgs` has every `medusa_*` key with its default and bounds. `plugin.MedusaPlugin.register` stops
+   with all contradictions that `args.config_problems` finds, before anything is loaded.
+2. The data. axolotl masks, tokenises and packs it. `MedusaPlugin.load_datasets` only stops at files without an answer to
+   learn from (`datasets.dataset_problems`). axolotl's collator makes the batches: `input_ids`, `labels` that are -100
+   where nothing is learnt, and `position_ids` that start again at each packed sample.
+3. The model. axolotl loads it and puts adapters around it. Then `MedusaPlugin.post_lora_load` calls `plugin.attach`:
+   it makes the heads (`model.heads.MedusaHeads`), attaches them to the causal LM, and calls `install_objective` below.
+4. The trainer. `trainer.MedusaTrainer.setup_medusa` chooses what trains (`trainable.set_trainable`).
+5. An optimizer step begins in `MedusaTrainer.get_batch_samples`. It takes the step's micro-batches and counts the targets of
+   the base model and of each head over all of them and over all ranks (`losses.targets.target_counts`). Losses are
+   divided by these counts, so that micro-batches of any size add up to the same step.
+6. `MedusaTrainer.compute_loss` runs for each micro-batch. It hands the forward the counts (`num_items_in_batch`) and the
+   heads' weight at this step (`medusa_coefficient`): `medusa_heads_coefficient` times `schedule.scheduler_factor`.
+7. The model's forward is `_MicroBatch` below:
+   - targets: which token each row predicts (`losses.targets.medusa_targets`); rows without a base target do not count
+   - backbone: its forward without lm_head, of which only the counted rows are kept
+   - teacher: whose distribution is learnt, where the loss has a divergence (`_teacher`)
+   - predictions: hidden rows, targets and weight of each head (`_head_prediction`) and of the base model (`_base_prediction`)
+   - loss: `losses.chunked.chunked_loss` goes through all rows chunk by chunk. It computes a chunk's gradient while the
+     chunk's logits are at hand (`losses.closed_form`), so the forward ends with gradients of the output layers and of
+     their inputs. `losses.reference.reference_loss` is the same in plain PyTorch.
+   - metrics: sums that `MedusaTrainer.log` averages over a logging interval
+8. The backward hands those gradients on: to the output layers, through the heads' residual blocks, into the backbone.
+9. The optimizer steps after the last micro-batch. It is axolotl's; `MedusaTrainer.create_optimizer` gives the heads
+   groups of their own, whose learning rate is `medusa_lr_multiplier` times the backbone's.
+10. Checkpoints and the end: `saving.HeadsSaver` writes the heads into `medusa_heads`.
+
+Where the two recipes part:
+
+|               | Medusa-1 (`only_heads`)                           | Medusa-2                                               |
+|---------------|---------------------------------------------------|--------------------------------------------------------|
+| backbone (7)  | frozen, without a graph or dropout; not run where | trained: with a graph                                  |
+|               | `hidden_cache` has its rows (`hidden_rows`)       |                                                        |
+| base loss (7) | only watched, on every 16th row (`_watched_base`) | a prediction like the heads' (`_base_prediction`)      |
+| teacher (7)   | the model itself, for heads that learn by `kl`    | the same, or with self-distillation the model with its |
+|               |                                                   | adapters off (a second forward of the backbone)        |
+| backward (8)  | ends at the heads                                 | goes through the backbone                              |
+| files (10)    | the heads                                         | the heads, and the adapter or the model                |
 """
 
 from __future__ import annotations
@@ -15,9 +56,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from axolotl_medusa.losses.chunked import FixedDistribution, OutputLayer, Prediction, matmul_dtype, row_losses
-from axolotl_medusa.losses.closed_form import Accuracies
-from axolotl_medusa.losses.reference import RowLosses, RowLossWeights
+from axolotl_medusa.losses.chunked import chunked_loss
+from axolotl_medusa.losses.prediction import Accuracies, OutputLayer, Prediction, Teacher, matmul_dtype
+from axolotl_medusa.losses.reference import LossSums, LossWeights
 from axolotl_medusa.losses.targets import IGNORE_INDEX, medusa_targets
 from axolotl_medusa.model.anatomy import (
     backbone,
@@ -39,6 +80,9 @@ TOP_K_SAMPLE = 16
 _OF_LM_HEAD = ("return_dict", "logits_to_keep", "skip_logits")
 """Arguments that speak of the logits; the backbone does not take them."""
 
+_Metric = tuple[Tensor, Tensor]
+"""A sum and what it is divided by, scalars."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -48,13 +92,13 @@ class Objective:
         only_heads: Medusa-1: no gradient for the backbone and no base loss.
         decay_coefficient: Head i is weighted `coefficient · decay^(i + 1)`.
         lm_coefficient: Weight of the base model's own cross-entropy.
-        kl_coefficient: Weight of KL(frozen self ‖ trained self).
+        kl_coefficient: Weight of the base model's KL(teacher ‖ student); the teacher is the model with its adapters off.
         distillation_regularization: Share α of the model's own softmax in the base targets.
-        head_loss: `ce`, or `kl` from the model's own distribution (with `kl_coefficient` the frozen self's) at the position that a
-            head predicts.
+        head_loss: `ce`, or `kl` from the teacher's distribution at the position that a head predicts; without
+            `kl_coefficient` the teacher is the model itself.
         logging: Whether accuracies are computed and the acceptance length.
         logging_topk: Accuracies top 1 to k.
-        recompute: See `chunked_loss.row_losses`.
+        recompute: See `losses.chunked.chunked_loss`.
     """
 
     only_heads: bool = False
@@ -73,7 +117,7 @@ class MedusaOutput(ModelOutput):  # type: ignore[misc]
     """What the patched forward returns when it is given labels.
 
     Attributes:
-        loss: The loss of DESIGN's "The maths", scalar.
+        loss: The weighted sum of the base loss (Medusa-2) and the heads' losses, scalar.
         metric_sums: Sums in the order of `metric_names`, `[metrics, 2]`: numerators and denominators, detached, fp64.
         hidden_rows: With `return_hidden_rows`, hidden states of the counted rows, `[counted rows, hidden]`, detached.
     """
@@ -129,16 +173,18 @@ def install_objective(model: nn.Module, objective: Objective) -> None:
             raise ValueError("hidden_rows belong to a frozen backbone, and Medusa-2 trains it: expected only_heads")
         for name in _OF_LM_HEAD:
             kwargs.pop(name, None)
-        run = _Run(lm, objective, disable_adapter, {"input_ids": input_ids, **kwargs, "use_cache": False})
+        micro_batch = _MicroBatch(
+            lm, objective, disable_adapter, {"input_ids": input_ids, **kwargs, "use_cache": False}
+        )
         if return_hidden_rows:
-            return run.counted_rows(labels)
-        return run(labels, num_items_in_batch, medusa_coefficient, hidden_rows)
+            return micro_batch.counted_rows(labels)
+        return micro_batch.forward(labels, num_items_in_batch, medusa_coefficient, hidden_rows)
 
     lm.forward = forward
 
 
-class _Run:
-    """One forward of the objective over one micro-batch."""
+class _MicroBatch:
+    """One micro-batch on its way through the model: step 7 above."""
 
     def __init__(
         self,
@@ -152,9 +198,9 @@ class _Run:
         self.disable_adapter = disable_adapter or contextlib.nullcontext
         self.inputs = inputs
         self.heads: MedusaHeads = attached_heads(lm)
-        self.output = output_embedding(lm)
+        self.lm_head = output_embedding(lm)
         self.transform = logit_transform(lm.config)
-        self.vocab_size = embedding_shape(self.output)[0]
+        self.vocab_size = embedding_shape(self.lm_head)[0]
 
     def counted_rows(self, labels: Tensor) -> MedusaOutput:
         """The hidden states of the counted rows alone."""
@@ -165,9 +211,10 @@ class _Run:
             hidden_rows=all_hidden[(targets[..., 0] != IGNORE_INDEX).to(all_hidden.device)],
         )
 
-    def __call__(
+    def forward(
         self, labels: Tensor, counts: Tensor | None, coefficient: float, hidden_rows: Tensor | None = None
     ) -> MedusaOutput:
+        """The loss and the metrics; arguments as for the forward of `install_objective`."""
         objective, heads = self.objective, self.heads
         targets = medusa_targets(labels, heads.num_heads, self.inputs.get("position_ids"))
         targets = targets.to(self.lm.get_input_embeddings().weight.device).flatten(0, 1)
@@ -188,10 +235,10 @@ class _Run:
         ]
         if not objective.only_heads:
             predictions.append(self._base_prediction(hidden, targets, 1.0 / counts[0]))
-        loss, results = row_losses(predictions, self._fixed(hidden, rows), recompute=objective.recompute)
-        sums = self._base_metrics(hidden, targets) if objective.only_heads else self._base_sums(results.pop(), rows)
-        sums += self._head_sums(results, counted, rows)
-        stacked = torch.stack([torch.stack([part.double() for part in pair]) for pair in sums])
+        loss, sums = chunked_loss(predictions, self._teacher(hidden, rows), recompute=objective.recompute)
+        metrics = self._watched_base(hidden, targets) if objective.only_heads else self._base_metrics(sums.pop(), rows)
+        metrics += self._head_metrics(sums, counted, rows)
+        stacked = torch.stack([torch.stack([part.double() for part in metric]) for metric in metrics])
         return MedusaOutput(loss=loss, metric_sums=stacked)
 
     def _last_hidden(self, *, teacher: bool) -> Tensor:
@@ -202,37 +249,35 @@ class _Run:
         with torch.no_grad(), _evaluating(decoder):
             return cast(Tensor, decoder(**self.inputs)[0])
 
-    def _fixed(self, hidden: Tensor, rows: Tensor) -> FixedDistribution | None:
-        """What divergences are measured from, at all counted rows: the frozen self where it is asked for, else the model."""
+    def _teacher(self, hidden: Tensor, rows: Tensor) -> Teacher | None:
+        """Whose distribution is learnt, at all counted rows: with self-distillation the frozen model's, else the model's own."""
         if self.objective.kl_coefficient:
             with self.disable_adapter():
                 hidden = self._last_hidden(teacher=True).flatten(0, 1)[rows]
-            return FixedDistribution(hidden, self._layer(frozen_output_embedding(self.output)))
+            return Teacher(hidden, self._output_layer(frozen_output_embedding(self.lm_head)))
         if self.objective.head_loss == "kl":
-            return FixedDistribution(hidden.detach(), self._layer(self.output, frozen=True))
+            return Teacher(hidden.detach(), self._output_layer(self.lm_head, frozen=True))
         return None
 
     def _base_prediction(self, hidden: Tensor, targets: Tensor, scale: Tensor) -> Prediction:
         objective = self.objective
-        weights = RowLossWeights(
-            objective.lm_coefficient, objective.kl_coefficient, objective.distillation_regularization
-        )
+        weights = LossWeights(objective.lm_coefficient, objective.kl_coefficient, objective.distillation_regularization)
         every_row = torch.arange(hidden.shape[0], device=hidden.device) if objective.kl_coefficient else None
-        return Prediction(hidden, targets[:, 0], self._layer(self.output), weights, scale, every_row)
+        return Prediction(hidden, targets[:, 0], self._output_layer(self.lm_head), weights, scale, every_row)
 
     def _head_prediction(
         self, head: int, hidden: Tensor, rows: Tensor, targets: Tensor, counted: Tensor, scale: Tensor
     ) -> Prediction:
         """A head's rows; the model predicts the same token 1 + head rows later, which is a counted row too."""
         own_rows = self.heads.hidden(head, hidden[counted])
-        layer = self._layer(self.heads.output_layer(head) or self.output)
+        layer = self._output_layer(self.heads.output_layer(head) or self.lm_head)
         own_targets = targets[counted, head + 1]
-        weights, same_token = RowLossWeights(), None
+        weights, same_token = LossWeights(), None
         if self.objective.head_loss == "kl":
-            weights, same_token = RowLossWeights(0.0, kl=1.0), torch.searchsorted(rows, rows[counted] + 1 + head)
+            weights, same_token = LossWeights(0.0, kl=1.0), torch.searchsorted(rows, rows[counted] + 1 + head)
         return Prediction(own_rows, own_targets, layer, weights, scale, same_token, self._accuracies)
 
-    def _layer(self, layer: nn.Module, frozen: bool = False) -> OutputLayer:
+    def _output_layer(self, layer: nn.Module, frozen: bool = False) -> OutputLayer:
         """An output layer as the losses take it; frozen: without dropout."""
         weight, dtype = None, _compute_dtype(layer)
         is_matmul = type(layer) is nn.Linear and layer.bias is None and self.transform is identity
@@ -245,36 +290,35 @@ class _Run:
 
         return OutputLayer(project, self.vocab_size, list(layer.parameters()), weight, dtype)
 
-    def _base_metrics(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _watched_base(self, hidden: Tensor, targets: Tensor) -> list[_Metric]:
         """The loss of a frozen base model, which is only watched."""
         watched = slice(None, None, BASE_LOSS_SAMPLE if self.lm.training else 1)
         rows = hidden[watched]
         with torch.no_grad():
-            _, (result,) = row_losses([Prediction(rows, targets[watched, 0], self._layer(self.output))])
-        return [(result.cross_entropy, _count(rows))]
+            _, (sums,) = chunked_loss([Prediction(rows, targets[watched, 0], self._output_layer(self.lm_head))])
+        return [(sums.cross_entropy, _count(rows))]
 
-    def _base_sums(self, result: RowLosses, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        sums = [(result.loss, _count(rows))]
+    def _base_metrics(self, sums: LossSums, rows: Tensor) -> list[_Metric]:
+        """The loss of a trained base model, and its terms where it has two."""
+        metrics = [(sums.loss, _count(rows))]
         if self.objective.kl_coefficient:
-            sums += [(result.cross_entropy, _count(rows)), (result.kl, _count(rows))]
-        return sums
+            metrics += [(sums.cross_entropy, _count(rows)), (sums.kl, _count(rows))]
+        return metrics
 
-    def _head_sums(
-        self, results: Sequence[RowLosses], counted: Sequence[Tensor], rows: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _head_metrics(self, sums: Sequence[LossSums], counted: Sequence[Tensor], rows: Tensor) -> list[_Metric]:
         """Each head's loss and accuracies, and the acceptance length: heads that are right in a row, and the base token."""
-        sums = []
+        metrics = []
         correct = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
         accepted = _count(rows).double()
-        for result, chosen in zip(results, counted, strict=True):
-            sums.append((result.loss, chosen.sum()))
-            if result.correct is not None and result.topk_hits is not None:
-                sums.append((result.correct.sum(), chosen.sum()))
-                sampled = torch.tensor(result.topk_rows, device=rows.device)
-                sums += [(hits, sampled) for hits in result.topk_hits[1:]]
-                correct &= torch.zeros_like(correct).masked_scatter(chosen, result.correct)
+        for of_head, chosen in zip(sums, counted, strict=True):
+            metrics.append((of_head.loss, chosen.sum()))
+            if of_head.correct is not None and of_head.topk_hits is not None:
+                metrics.append((of_head.correct.sum(), chosen.sum()))
+                sampled = torch.tensor(of_head.topk_rows, device=rows.device)
+                metrics += [(hits, sampled) for hits in of_head.topk_hits[1:]]
+                correct &= torch.zeros_like(correct).masked_scatter(chosen, of_head.correct)
                 accepted += correct.sum()
-        return [*sums, (accepted, _count(rows))] if self.objective.logging else sums
+        return [*metrics, (accepted, _count(rows))] if self.objective.logging else metrics
 
     @property
     def _accuracies(self) -> Accuracies | None:

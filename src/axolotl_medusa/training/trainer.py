@@ -19,7 +19,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 
-from axolotl_medusa.losses.chunked import matmul_dtype
+from axolotl_medusa.losses.prediction import matmul_dtype
 from axolotl_medusa.losses.targets import target_counts
 from axolotl_medusa.model.anatomy import (
     frozen_output_embedding,
