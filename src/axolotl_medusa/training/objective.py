@@ -6,7 +6,7 @@ the forward of the wrapped model because that is where DDP, FSDP and ZeRO-3 gath
 A batch's way from the YAML to an optimizer step (modules are those of this folder, unless a room stands before them):
 
 1. The YAML. `args.MedusaArgs` has every `medusa_*` key with its default and bounds. `plugin.MedusaPlugin.register` stops
-   with all contradictions that `args.config_problems` finds, before anything is loaded.
+   with all contradictions that `config_problems` finds, before anything is loaded.
 2. The data. axolotl masks, tokenises and packs it. `MedusaPlugin.load_datasets` only stops at files without an answer to
    learn from (`datasets.dataset_problems`). axolotl's collator makes the batches: `input_ids`, `labels` that are -100
    where nothing is learnt, and `position_ids` that start again at each packed sample.
@@ -25,7 +25,8 @@ A batch's way from the YAML to an optimizer step (modules are those of this fold
    - predictions: hidden rows, targets and weight of each head (`_head_prediction`) and of the base model (`_base_prediction`)
    - loss: `losses.chunked.chunked_loss` goes through all rows chunk by chunk. It computes a chunk's gradient while the
      chunk's logits are at hand (`losses.closed_form`), so the forward ends with gradients of the output layers and of
-     their inputs. `losses.reference.reference_loss` is the same in plain PyTorch.
+     their inputs. (Where parameters are sharded, the backward recomputes chunks instead.)
+     `losses.reference.reference_loss` is the same in plain PyTorch.
    - metrics: sums that `MedusaTrainer.log` averages over a logging interval
 8. The backward hands those gradients on: to the output layers, through the heads' residual blocks, into the backbone.
 9. The optimizer steps after the last micro-batch. It is axolotl's; `MedusaTrainer.create_optimizer` gives the heads
