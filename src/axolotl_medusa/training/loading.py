@@ -11,7 +11,6 @@ from typing import Any
 
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
-from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from axolotl_medusa.errors import first_line
@@ -89,8 +88,10 @@ def _check_earlier_adapter(source: Source, cfg: DictDefault) -> None:
         )
 
 
-def _load_adapter(model: nn.Module, directory: Path, cfg: DictDefault) -> None:
-    if not isinstance(model, PeftModel):
+def _load_adapter(model: Any, directory: Path, cfg: DictDefault) -> None:
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+
+    if not hasattr(model, "peft_config"):
         raise ValueError(f"{directory} holds an adapter and the YAML builds none: set adapter as in training")
     if cfg.lora_model_dir and not _same(cfg.lora_model_dir, directory):
         LOG.warning(f"evaluating the adapter that {directory} holds, not that of lora_model_dir {cfg.lora_model_dir}")
@@ -120,7 +121,7 @@ def _other_adapter(directory: Path, reason: str) -> str:
 
 
 def _load_full_model(model: nn.Module, directory: Path, cfg: DictDefault) -> None:
-    if isinstance(model, PeftModel):
+    if hasattr(model, "peft_config"):
         raise ValueError(f"{directory} holds a full model and the YAML puts an adapter on it: remove adapter")
     if _same(cfg.base_model, directory):
         return

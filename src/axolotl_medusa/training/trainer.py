@@ -280,7 +280,13 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the backbone (Medusa-2 only) and the heads; every rank must call it, and one of them writes."""
         with self._saver.collecting(writes=self.args.should_save):
-            super().save_model(output_dir, _internal_call)
+            if not self.medusa_cfg.medusa_only_heads:
+                super().save_model(output_dir, _internal_call)
+                return
+            if self.args.should_save:  # without gathering a backbone that is not written
+                self._save(output_dir or self.args.output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._engine_keeps_heads or not self.medusa_cfg.medusa_only_heads:
