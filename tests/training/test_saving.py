@@ -96,7 +96,7 @@ def test_save_of_divided_weights_by_one_rank_stops_and_names_the_last_whole_chec
 def test_save_of_divided_weights_by_one_rank_without_a_checkpoint_says_so(saver, tmp_path):
     own = saver()
     divide(own.model)
-    with pytest.raises(SystemExit, match="there is no checkpoint to resume from$"):
+    with pytest.raises(SystemExit, match=r"there is no checkpoint to resume from$"):
         own.model.save_pretrained(tmp_path)
 
 

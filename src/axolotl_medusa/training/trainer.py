@@ -288,6 +288,15 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; with FSDP the heads are saved here at the end, because axolotl writes an adapter or shards by ways of its own."""
+        output = super().train(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            with self._saver.collecting(writes=self.args.should_save):
+                if self.args.should_save:
+                    self._saver.write(self.args.output_dir)
+        return output
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._engine_keeps_heads or not self.medusa_cfg.medusa_only_heads:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
