@@ -59,7 +59,7 @@ def test_evaluate_measures_the_model_of_the_last_evaluation_in_training(make_yam
     axolotl("train", config)
     result = axolotl("evaluate", config)
     assert_same_model(tmp_path / "out")
-    assert f"evaluating what {tmp_path / 'out'} holds" in result.output
+    assert f"Medusa heads loaded from {tmp_path / 'out'}; evaluating all that it holds: heads" in result.output
 
 
 def test_evaluate_with_init_from_measures_the_heads_of_output_dir(make_yaml, axolotl, stage1, tmp_path):

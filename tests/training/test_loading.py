@@ -90,7 +90,7 @@ def test_full_weights_of_output_dir_become_the_model(family, shard, trained, cfg
     assert not torch.equal(logits(model), logits(expected))
     load_trained_model(model, cfg())
     assert_becomes(model, expected)
-    assert said["info"][-1].endswith("out holds: heads and full model")
+    assert said["info"][-1].endswith("out; evaluating all that it holds: heads and full model")
 
 
 def test_the_adapter_of_output_dir_becomes_the_models(trained, cfg, said):
@@ -98,7 +98,7 @@ def test_the_adapter_of_output_dir_becomes_the_models(trained, cfg, said):
     assert not torch.allclose(logits(model), logits(expected), atol=1e-3)
     load_trained_model(model, cfg(adapter="lora"))
     assert_becomes(model, expected)
-    assert said["info"][-1].endswith("out holds: heads and adapter") and not said["warning"]
+    assert said["info"][-1].endswith("out; evaluating all that it holds: heads and adapter") and not said["warning"]
 
 
 def test_another_adapter_that_training_started_from_is_not_evaluated_and_said(trained, cfg, said):
@@ -118,7 +118,7 @@ def test_heads_of_medusa1_leave_the_model_as_it_is(trained, cfg, said):
     expected, model = trained("medusa-1"), fresh()
     load_trained_model(model, cfg())
     assert_becomes(model, expected)
-    assert said["info"][-1].endswith("out holds: heads")
+    assert said["info"][-1].endswith("out; evaluating all that it holds: heads")
 
 
 def test_medusa1_heads_under_another_adapter_than_in_training_are_refused(trained, cfg):

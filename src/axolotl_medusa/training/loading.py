@@ -75,7 +75,7 @@ def load_trained_model(model: nn.Module, cfg: DictDefault) -> None:
     else:
         what = "heads"
     load_into(model, open_heads(source.heads_dir))
-    LOG.info(f"evaluating what {cfg.output_dir} holds: {what}")
+    LOG.info(f"Medusa heads loaded from {cfg.output_dir}; evaluating all that it holds: {what}")
 
 
 def _check_earlier_adapter(source: Source, cfg: DictDefault) -> None:
