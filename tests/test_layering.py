@@ -27,7 +27,7 @@ MAY_IMPORT = {
 FOR_ALL = {"errors", "processor"}
 """Modules beside the rooms that know nothing of ours; every room may import them."""
 
-USES_AXOLOTL = {"training.plugin", "training.saving", "training.trainable", "training.trainer"}
+USES_AXOLOTL = {"training.loading", "training.plugin", "training.saving", "training.trainable", "training.trainer"}
 LAZY = {"__init__", "cli"}
 """Modules that import ours only inside functions."""
 

@@ -115,6 +115,26 @@ def make_yaml(tmp_path, tiny_base, chats) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def two_chats(tmp_path) -> list[dict[str, str]]:
+    """Two conversations of very different lengths: every step sees both, in whatever order and on whatever rank."""
+    file = tmp_path / "two.jsonl"
+    answers = [" ".join(map(str, range(length))) for length in (60, 12)]
+    rows = [[{"role": "user", "content": "Count."}, {"role": "assistant", "content": text}] for text in answers]
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return [{"path": str(file), "type": "chat_template", "field_messages": "messages"}]
+
+
+@pytest.fixture
+def zero3(tmp_path) -> str:
+    """Our ZeRO-3 config in fp32."""
+    config = json.loads((ROOT / "deepspeed_configs" / "zero3_bf16.json").read_text())
+    config["bf16"] = {"enabled": False}
+    file = tmp_path / "zero3_fp32.json"
+    file.write_text(json.dumps(config))
+    return str(file)
+
+
+@pytest.fixture
 def axolotl(tmp_path) -> Callable[..., Result]:
     """Runs `python -m axolotl.cli.COMMAND`; fails the test on an unexpected exit status."""
 

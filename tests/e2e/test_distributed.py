@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from axolotl_process import TIMEOUT_S, log_history
+from axolotl_process import log_history
+from two_processes import torchrun
 
 from axolotl_medusa.model.heads_directory import read_heads
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 
-ROOT = Path(__file__).parents[2]
 NUMBERS = (
     "loss",
     "grad_norm",
@@ -38,36 +34,6 @@ COMMON = {
     "learning_rate": 0.05,
     "plugins": ["cpu_ranks.CpuRanksPlugin", "axolotl_medusa.MedusaPlugin"],
 }
-
-
-@pytest.fixture
-def two_chats(tmp_path) -> list[dict[str, str]]:
-    """Two conversations of very different lengths: every step sees both, in whatever order and on whatever rank."""
-    file = tmp_path / "two.jsonl"
-    answers = [" ".join(map(str, range(length))) for length in (60, 12)]
-    rows = [[{"role": "user", "content": "Count."}, {"role": "assistant", "content": text}] for text in answers]
-    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    return [{"path": str(file), "type": "chat_template", "field_messages": "messages"}]
-
-
-def torchrun(config: Path, **environment: str) -> None:
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    result = subprocess.run(
-        [*command, "-m", "axolotl.cli.train", str(config)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        cwd=ROOT,
-        env=env,
-    )
-    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
 
 
 @pytest.fixture
@@ -122,15 +88,11 @@ def test_two_ddp_processes_share_a_hidden_cache_and_equal_one(one_process, make_
     assert_same(two, again)
 
 
-def test_two_zero3_processes_equal_one_and_gather_on_save(one_process, make_yaml, tmp_path, two_chats):
+def test_two_zero3_processes_equal_one_and_gather_on_save(one_process, make_yaml, tmp_path, two_chats, zero3):
     """With DeepSpeed on CPUs accelerate gives every rank the same data; so there is one conversation and micro-batch 1."""
     chat = tmp_path / "one.jsonl"
     chat.write_text(Path(two_chats[0]["path"]).read_text().splitlines()[0] + "\n")
     data = [{**two_chats[0], "path": str(chat)}]
     two = tmp_path / "two"
-    config = json.loads((ROOT / "deepspeed_configs" / "zero3_bf16.json").read_text())
-    config["bf16"] = {"enabled": False}
-    file = tmp_path / "zero3_fp32.json"
-    file.write_text(json.dumps(config))
-    torchrun(make_yaml(**COMMON, datasets=data, output_dir=str(two), deepspeed=str(file)))
+    torchrun(make_yaml(**COMMON, datasets=data, output_dir=str(two), deepspeed=zero3))
     assert_same(one_process(datasets=data, micro_batch_size=1), two)

@@ -67,7 +67,7 @@ def test_heads_written_and_read_have_bitwise_equal_logits(form, num_layers, dtyp
     assert torch.equal(head_logits(rebuilt, layer, hidden), head_logits(heads, model.lm_head, hidden))
     fresh = MedusaHeads(HIDDEN, VOCAB, 3, num_layers, form, dtype=dtype)
     attach_heads(model, fresh)
-    load_into(model, read)
+    load_into(model, read.tensors)
     assert torch.equal(head_logits(fresh, model.lm_head, hidden), head_logits(heads, model.lm_head, hidden))
 
 
@@ -278,7 +278,7 @@ def test_load_into_other_heads_is_an_error(saved, attached):
     file = build(**saved)[2]
     model, _, _ = build(**attached)
     with pytest.raises(ValueError, match="saved heads do not fit LlamaForCausalLM"):
-        load_into(model, file)
+        load_into(model, file.tensors)
 
 
 def test_load_into_another_size_is_an_error_with_both_shapes():
@@ -286,13 +286,13 @@ def test_load_into_another_size_is_an_error_with_both_shapes():
     model = make_model(vocab_size=VOCAB + 1)
     attach_heads(model, MedusaHeads(HIDDEN, VOCAB + 1, 3))
     with pytest.raises(ValueError, match=r"0\.1\.weight is \(131, 32\), the model's heads have \(132, 32\)"):
-        load_into(model, file)
+        load_into(model, file.tensors)
 
 
 def test_load_into_converts_to_the_attached_heads_type():
     file = build(dtype=torch.bfloat16)[2]
     model, heads, _ = build()
-    load_into(model, file)
+    load_into(model, file.tensors)
     assert heads.dtype == torch.float32
     assert all(torch.equal(tensor, file.tensors[name].float()) for name, tensor in heads.state_dict().items())
 

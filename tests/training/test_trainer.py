@@ -14,9 +14,10 @@ from axolotl_medusa.losses import prediction
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.training import trainer as trainer_module
 from axolotl_medusa.training.args import MedusaArgs
+from axolotl_medusa.training.epoch_shuffle import EpochShuffle
 from axolotl_medusa.training.objective import metric_names
 from axolotl_medusa.training.trainable import check_trainable, heads_dtype, set_trainable
-from axolotl_medusa.training.trainer import EpochShuffle, MedusaTrainer, objective_of, warn_of_slow_precision
+from axolotl_medusa.training.trainer import MedusaTrainer, objective_of, warn_of_slow_precision
 
 
 def config(**keys):
@@ -183,7 +184,7 @@ def test_open_hidden_cache_announces_its_size_and_warns_where_no_sample_comes_tw
         model=with_heads(make_model()),
         processing_class=SimpleNamespace(get_vocab=dict),
         train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]]}),
-        accelerator=SimpleNamespace(mixed_precision="no"),
+        accelerator=SimpleNamespace(mixed_precision="no", is_main_process=True),
         args=SimpleNamespace(
             world_size=1, num_train_epochs=epochs, max_steps=max_steps, main_process_first=lambda desc: nullcontext()
         ),

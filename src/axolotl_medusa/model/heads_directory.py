@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, output_embedding
+from axolotl_medusa.model.divided_parameters import fill, gathered, host_copy, is_divided, whole, whole_shape
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.heads import HEADS_NAME, HeadForm, MedusaHeads, attached_heads
-from axolotl_medusa.model.tensor_files import whole_or_nothing, write_json
+from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, read_json, whole_or_nothing, write_json
 
 _VERSIONS_OF = ("axolotl-medusa", "axolotl", "torch", "transformers", "peft")
 
@@ -87,11 +88,20 @@ def heads_config(heads: MedusaHeads, base_model: str) -> dict[str, Any]:
     }
 
 
-def heads_meta(model: nn.Module, recipe: str, resolved_yaml: Mapping[str, Any]) -> dict[str, Any]:
-    """What the heads were made by and from, for `medusa_meta.json`."""
+def heads_meta(
+    model: nn.Module, recipe: str, resolved_yaml: Mapping[str, Any], lm_head_sha256: str | None = None
+) -> dict[str, Any]:
+    """What the heads were made by and from, for `medusa_meta.json`.
+
+    Args:
+        model: The model with heads attached.
+        recipe: `medusa-1` or `medusa-2`.
+        resolved_yaml: The validated YAML.
+        lm_head_sha256: The model's `lm_head_hash` where it is known already.
+    """
     return {
         "recipe": recipe,
-        "lm_head_sha256": lm_head_hash(model),
+        "lm_head_sha256": lm_head_sha256 or lm_head_hash(model),
         "dtype": str(attached_heads(model).dtype).removeprefix("torch."),
         "versions": {name: package_version(name) for name in _VERSIONS_OF} | {"python": platform.python_version()},
         "git_commit": _git_commit(),
@@ -104,10 +114,18 @@ def lm_head_hash(model: nn.Module) -> str:
     return parameter_hash(frozen_output_embedding(output_embedding(model)).weight)
 
 
-def parameter_hash(parameter: Tensor) -> str:
-    """`weight_hash` of a parameter wherever it is; of one that ZeRO-3 or FSDP divides, every rank must ask."""
-    with gathered([parameter]):
-        return weight_hash(_whole(parameter).detach().cpu())
+def parameter_hash(parameter: Tensor, keep: bool = True) -> str:
+    """`weight_hash` of a parameter wherever it is; of one that ZeRO-3 or FSDP divides, every rank must ask.
+
+    Args:
+        parameter: The parameter.
+        keep: Whether this rank wants the hash; without, it only takes part in the gathering and gets an empty one.
+    """
+    if not keep and not is_divided(parameter):
+        return ""
+    with torch.no_grad(), gathered([parameter]):
+        values = whole(parameter).detach()
+        return weight_hash(values.cpu()) if keep else ""
 
 
 def weight_hash(weight: Tensor) -> str:
@@ -115,31 +133,19 @@ def weight_hash(weight: Tensor) -> str:
     return hashlib.sha256(weight.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-@contextlib.contextmanager
-def gathered(parameters: list[Tensor], *, write: bool = False) -> Iterator[None]:
-    """Makes parameters that ZeRO-3 has partitioned whole; every rank must enter. A no-op elsewhere.
-
-    Args:
-        parameters: The parameters.
-        write: Whether what rank 0 writes into them is kept.
-    """
-    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_shape")]
-    if not partitioned:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
-        yield
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    full_tensor = getattr(tensor, "full_tensor", None)  # a DTensor of FSDP2; every rank must call
-    return full_tensor() if callable(full_tensor) else tensor
-
-
 def output_layer_weight(model: nn.Module) -> Tensor:
-    """The output embedding's weight as it acts now, adapters merged in, `[vocab_size, hidden_size]`, on the CPU.
+    """A copy of the output embedding's weight as it acts now, adapters merged in, `[vocab_size, hidden_size]`, on the CPU.
+
+    Raises:
+        ValueError: An adapter on lm_head cannot be merged into one matrix.
+    """
+    with acting_output_layer(model) as weight:
+        return weight.to("cpu", copy=True)
+
+
+@contextlib.contextmanager
+def acting_output_layer(model: nn.Module) -> Iterator[Tensor]:
+    """The output embedding's weight as it acts now, adapters merged in, where it is; it may be the parameter itself.
 
     Raises:
         ValueError: An adapter on lm_head cannot be merged into one matrix.
@@ -148,7 +154,7 @@ def output_layer_weight(model: nn.Module) -> Tensor:
     frozen = frozen_output_embedding(layer)
     with torch.no_grad(), gathered(list(layer.parameters())):
         if hasattr(layer, "get_delta_weight"):
-            weight = _whole(frozen.weight).detach().clone()
+            weight = whole(frozen.weight).detach()
             for adapter in layer.active_adapters:
                 if adapter in layer.lora_A:
                     if getattr(layer, "use_dora", {}).get(adapter):
@@ -156,23 +162,38 @@ def output_layer_weight(model: nn.Module) -> Tensor:
                             "DoRA on lm_head is not supported with Medusa heads: "
                             "take lm_head out of the LoRA targets or set peft_use_dora: false"
                         )
-                    weight += layer.get_delta_weight(adapter)
+                    weight = (weight + whole(layer.get_delta_weight(adapter))).to(weight.dtype)
         elif hasattr(layer, "token_adapter"):
             weight = layer.token_adapter.get_merged_weights(layer.token_adapter.active_adapters).detach()
         else:
             active = layer.modules_to_save[layer.active_adapters[0]] if hasattr(layer, "modules_to_save") else frozen
-            weight = _whole(active.weight).detach()
-        return weight.cpu().clone()
+            weight = whole(active.weight).detach()
+        yield weight
 
 
 def heads_file(model: nn.Module, config: dict[str, Any], meta: dict[str, Any]) -> HeadsFile:
     """Copies the attached heads of `model` to the CPU; with ZeRO-3 or FSDP every rank must call it."""
+    return HeadsFile(heads_tensors(model), config, meta)
+
+
+def heads_tensors(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """Copies the attached heads of `model` to the CPU, tensor by tensor; with ZeRO-3 or FSDP every rank must call it.
+
+    Args:
+        model: The model with heads attached.
+        keep: Whether this rank wants the copies; without, it only takes part in the gathering.
+
+    Returns:
+        `HeadsFile.tensors`; empty without `keep`.
+    """
     heads = attached_heads(model)
-    with gathered(list(heads.parameters())):
-        tensors = {name: _whole(tensor).detach().cpu().clone() for name, tensor in heads.state_dict().items()}
-    if heads.form == "shared":
-        tensors[SHARED_OUTPUT_LAYER] = output_layer_weight(model).to(heads.dtype)
-    return HeadsFile(tensors, config, meta)
+    copies = {name: host_copy(parameter, keep) for name, parameter in heads.named_parameters()}
+    tensors = {name: tensor for name, tensor in copies.items() if tensor is not None}
+    if heads.form == "shared" and (keep or any(map(is_divided, output_embedding(model).parameters()))):
+        with acting_output_layer(model) as weight:
+            if keep:
+                tensors[SHARED_OUTPUT_LAYER] = weight.to("cpu", heads.dtype, copy=True)
+    return tensors
 
 
 def write_heads(directory: str | Path, file: HeadsFile) -> None:
@@ -189,19 +210,29 @@ def read_heads(directory: str | Path) -> HeadsFile:
     """Reads and verifies a canonical directory.
 
     Raises:
-        ValueError: A file or tensor is missing, or a shape differs from what `config.json` says.
+        ValueError: A file or tensor is missing or damaged, or a shape differs from what `config.json` says.
     """
     directory = Path(directory)
     for name in (CONFIG_FILE, HEADS_FILE):
         if not (directory / name).is_file():
             raise ValueError(f"{directory} has no {name}: expected a directory that training wrote as medusa_heads")
-    config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    tensors = load_file(directory / HEADS_FILE)
+    files = open_heads(directory)
     meta_file = directory / META_FILE
-    meta = json.loads(meta_file.read_text(encoding="utf-8")) if meta_file.is_file() else {}
-    file = HeadsFile(tensors, config, meta)
-    verify_heads(file, str(directory))
-    return file
+    meta = read_json(meta_file) if meta_file.is_file() else {}
+    return HeadsFile({name: files.load(name) for name in files}, read_json(directory / CONFIG_FILE), meta)
+
+
+def open_heads(directory: str | Path) -> TensorFiles:
+    """The tensors of a canonical directory, verified by their names and shapes; none of them is read yet.
+
+    Raises:
+        ValueError: As `read_heads`.
+    """
+    directory = Path(directory)
+    files = TensorFiles.open(directory / HEADS_FILE)
+    shapes = {name: torch.empty(files.shape(name), device="meta") for name in files}
+    verify_heads(HeadsFile(shapes, read_json(directory / CONFIG_FILE)), str(directory))
+    return files
 
 
 def verify_heads(file: HeadsFile, where: str) -> None:
@@ -245,29 +276,30 @@ def without_heads(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state_dict.items() if HEADS_NAME not in name.split(".")}
 
 
-def load_into(model: nn.Module, file: HeadsFile) -> None:
-    """Copies saved heads into the attached ones.
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor | LazyTensor]) -> None:
+    """Copies saved heads into the attached ones, tensor by tensor; with ZeRO-3 every rank must call it.
+
+    Args:
+        model: The model with heads attached.
+        tensors: `HeadsFile.tensors`, or what `open_heads` found, which is read one tensor at a time.
 
     Raises:
-        ValueError: Shapes differ from the attached heads'.
+        ValueError: Names or shapes differ from the attached heads'.
     """
     heads = attached_heads(model)
-    own = file.head_tensors()
-    surplus = sorted(own.keys() - heads.state_dict().keys())
+    kind = type(causal_lm(model)).__name__
+    surplus = sorted(tensors.keys() - heads.state_dict().keys() - {SHARED_OUTPUT_LAYER})
     if surplus:
         raise ValueError(
-            f"saved heads do not fit {type(causal_lm(model)).__name__}: {surplus[0]} has no place in the model's heads; "
+            f"saved heads do not fit {kind}: {surplus[0]} has no place in the model's heads; "
             "use the medusa_* keys that they were trained with"
         )
     for name, parameter in heads.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", None) or parameter.shape)
-        if name not in own or tuple(own[name].shape) != shape:
-            found = tuple(own[name].shape) if name in own else "missing"
-            raise ValueError(
-                f"saved heads do not fit {type(causal_lm(model)).__name__}: {name} is {found}, the model's heads have {shape}"
-            )
-        with torch.no_grad(), gathered([parameter], write=True):
-            parameter.copy_(own[name])
+        shape = whole_shape(parameter)
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise ValueError(f"saved heads do not fit {kind}: {name} is {found}, the model's heads have {shape}")
+        fill(parameter, tensors[name])
 
 
 def package_version(package: str) -> str | None:

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE
 from axolotl_medusa.model.heads import HeadForm
-from axolotl_medusa.model.heads_directory import HeadsFile, verify_heads
+from axolotl_medusa.model.heads_directory import open_heads
 from axolotl_medusa.model.tensor_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, TensorFiles, read_json
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -32,6 +30,10 @@ _TOKENIZER_FILES = (
     "chat_template.*",
 )
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")
+
+
+class NoHeadsError(ValueError):
+    """A path holds nothing that training wrote."""
 
 
 @dataclass(frozen=True)
@@ -157,23 +159,21 @@ def _directories(path: Path) -> tuple[Path, Path | None]:
     if (path / HEADS_FILE).is_file() and (path / CONFIG_FILE).is_file():
         return path, None
     if not path.is_dir():
-        raise ValueError(f"{path} is not a directory: expected an output_dir, a checkpoint in it, or a medusa_heads")
+        raise NoHeadsError(f"{path} is not a directory: expected an output_dir, a checkpoint in it, or a medusa_heads")
     checkpoints = sorted(path.glob(f"checkpoint-*/{HEADS_FOLDER}"), key=lambda heads: heads.stat().st_mtime)
     if checkpoints:
         raise ValueError(
             f"{path} has no {HEADS_FOLDER}: training did not reach its end; give a checkpoint, e.g. {checkpoints[-1].parent}"
         )
-    raise ValueError(
+    raise NoHeadsError(
         f"{path} has neither {HEADS_FOLDER} nor {HEADS_FILE} with {CONFIG_FILE}: expected what training wrote; "
         "heads in another format go through `axolotl-medusa import` first"
     )
 
 
 def _verify(heads_dir: Path, config: dict[str, Any]) -> None:
-    files = TensorFiles.open(heads_dir / HEADS_FILE)
-    shapes = {name: torch.empty(files.shape(name), device="meta") for name in files}
     try:
-        verify_heads(HeadsFile(shapes, config), str(heads_dir))
+        open_heads(heads_dir)
     except ValueError as error:
         if config.get("model_type") == "medusa":
             raise

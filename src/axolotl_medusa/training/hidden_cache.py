@@ -124,7 +124,9 @@ def dataset_samples(dataset: Any) -> dict[bytes, int]:
     return rows_of
 
 
-def cache_identity(model: nn.Module, tokenizer: Any, keys: Iterable[bytes], precision: str) -> dict[str, str]:
+def cache_identity(
+    model: nn.Module, tokenizer: Any, keys: Iterable[bytes], precision: str, keep: bool = True
+) -> dict[str, str]:
     """What the hidden states of a data set depend on; under ZeRO-3 and FSDP every process must call it.
 
     Args:
@@ -132,13 +134,14 @@ def cache_identity(model: nn.Module, tokenizer: Any, keys: Iterable[bytes], prec
         tokenizer: Its tokenizer.
         keys: The samples' keys, in any order.
         precision: Type that autocast computes in, `no` without.
+        keep: Whether this process wants the identity; without, it only takes part in gathering the weights.
     """
     decoder, config = backbone(model), causal_lm(model).config
     tensors = {**decoder.state_dict(), **dict(decoder.named_parameters())}  # quantized layers: scales are in the former
     weights = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, Tensor) and not tensor.is_meta:
-            weights.update(f"{name} {tensor.dtype} {parameter_hash(tensor)}\n".encode())
+            weights.update(f"{name} {tensor.dtype} {parameter_hash(tensor, keep)}\n".encode())
     options = {name: value for name, value in config.to_dict().items() if name not in _UNUSED_CONFIG}
     return {
         "weights": weights.hexdigest(),

@@ -15,12 +15,13 @@ from torch import nn
 
 from axolotl_medusa.model.anatomy import embedding_shape, output_embedding
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
-from axolotl_medusa.model.heads_directory import load_into, output_layer_weight, read_heads
+from axolotl_medusa.model.heads_directory import acting_output_layer, load_into, open_heads
 from axolotl_medusa.training.args import config_problems, heads_directory, renamed_key_hints
 from axolotl_medusa.training.datasets import dataset_problems
 from axolotl_medusa.training.objective import install_objective
+from axolotl_medusa.training.stopping import stop
 from axolotl_medusa.training.trainable import heads_dtype
-from axolotl_medusa.training.trainer import MedusaTrainer, objective_of, stop
+from axolotl_medusa.training.trainer import MedusaTrainer, objective_of
 
 LOG = get_logger(__name__)
 
@@ -102,10 +103,11 @@ def attach(cfg: DictDefault, model: nn.Module) -> None:
         device=None if device.type == "meta" else device,
     )
     if heads.form == "separate":
-        heads.start_output_layers_from(output_layer_weight(model))
+        with acting_output_layer(model) as weight:
+            heads.start_output_layers_from(weight)
     attach_heads(model, heads)
     if cfg.medusa_init_from:
-        load_into(model, read_heads(heads_directory(cfg.medusa_init_from)))
+        load_into(model, open_heads(heads_directory(cfg.medusa_init_from)))
         LOG.info(f"Medusa heads start from {cfg.medusa_init_from}")
     install_objective(model, objective_of(cfg))
     LOG.info(

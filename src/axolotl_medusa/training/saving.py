@@ -1,10 +1,13 @@
 """Heads are saved wherever axolotl saves the model: in checkpoints, at the end of training and at an interruption.
 
-Contract: what a heads directory holds is `model.heads_directory`'s to say; this module only sees to it that it is written.
+Contract: what a heads directory holds is `model.heads_directory`'s to say; this module only sees to it that it is written,
+from a copy that no rank makes but the one that writes.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -13,6 +16,8 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from torch import Tensor
 
+from axolotl_medusa.model.anatomy import frozen_output_embedding, output_embedding
+from axolotl_medusa.model.divided_parameters import is_divided
 from axolotl_medusa.model.file_names import HEADS_FOLDER
 from axolotl_medusa.model.heads import attached_heads
 from axolotl_medusa.model.heads_directory import (
@@ -20,9 +25,12 @@ from axolotl_medusa.model.heads_directory import (
     heads_config,
     heads_file,
     heads_meta,
+    heads_tensors,
+    parameter_hash,
     without_heads,
     write_heads,
 )
+from axolotl_medusa.training.stopping import stop
 
 LOG = get_logger(__name__)
 
@@ -38,25 +46,81 @@ class HeadsSaver:
         self.model = model
         self.cfg = cfg
         self.tokenizer = tokenizer
-        self.collected: HeadsFile | None = None
+        self._collected: HeadsFile | None = None
+        self._lm_head_sha256: str | None = None
         self._own_save = model.save_pretrained
         model.save_pretrained = MethodType(lambda _model, *args, **kwargs: self.save(*args, **kwargs), model)
 
-    def collect(self) -> HeadsFile:
-        """Copies the heads to the CPU; under ZeRO-3 and FSDP every rank must call it."""
+    @contextlib.contextmanager
+    def collecting(self, writes: bool) -> Iterator[None]:
+        """Keeps the heads for the `save` calls inside; every rank must enter.
+
+        Args:
+            writes: Whether this rank will write; only that one holds a copy.
+        """
+        if writes:
+            self._collected = self._collect()
+        else:
+            self._take_part()
+        try:
+            yield
+        finally:
+            self._collected = None
+
+    def _collect(self) -> HeadsFile:
+        lm_head_sha256 = self._lm_head_hash()
         recipe = "medusa-1" if self.cfg.medusa_only_heads else "medusa-2"
         config = heads_config(attached_heads(self.model), self.cfg.base_model)
-        return heads_file(self.model, config, heads_meta(self.model, recipe, self.cfg))
+        return heads_file(self.model, config, heads_meta(self.model, recipe, self.cfg, lm_head_sha256))
+
+    def _take_part(self) -> None:
+        """Gathers what `_collect` gathers, in its order, and keeps nothing."""
+        self._lm_head_hash(keep=False)
+        heads_tensors(self.model, keep=False)
+
+    def _lm_head_hash(self, keep: bool = True) -> str:
+        """The output embedding's hash, computed again only where training changes it."""
+        weight = frozen_output_embedding(output_embedding(self.model)).weight
+        if self._lm_head_sha256 is None or weight.requires_grad:
+            self._lm_head_sha256 = parameter_hash(weight, keep)
+        return self._lm_head_sha256
 
     def save(
         self, save_directory: str | Path, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """Writes the backbone without heads (Medusa-2 only) and the heads into `medusa_heads`."""
+        """Writes the backbone without heads (Medusa-2 only) and the heads into `medusa_heads`.
+
+        Raises:
+            SystemExit: The weights are divided among ranks and only this one came here, as at Ctrl-C: gathering them would
+                wait for ranks that do something else.
+        """
+        collected = self._collected is not None and (self.cfg.medusa_only_heads or state_dict is not None)
+        if not collected and any(map(is_divided, self.model.parameters())):
+            raise stop(self._nothing_saved(save_directory))
         if not self.cfg.medusa_only_heads:
             if state_dict is None:
                 state_dict = self.model.state_dict()
             self._own_save(save_directory, *args, state_dict=without_heads(state_dict), **kwargs)
+        self.write(save_directory)
+
+    def write(self, save_directory: str | Path) -> None:
+        """Writes the heads into `medusa_heads`."""
         directory = Path(save_directory) / HEADS_FOLDER
-        write_heads(directory, self.collected or self.collect())
+        write_heads(directory, self._collected or self._collect())
         self.tokenizer.save_pretrained(str(directory))
         LOG.info(f"Medusa heads saved to {directory}")
+
+    def _nothing_saved(self, save_directory: str | Path) -> str:
+        whole = [
+            path.parent
+            for path in Path(self.cfg.output_dir).glob("checkpoint-*/trainer_state.json")  # written last
+            if path.parent.name.removeprefix("checkpoint-").isdigit()
+        ]
+        last = max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+        resume = (
+            f"resume_from_checkpoint: {last} goes on from there" if last else "there is no checkpoint to resume from"
+        )
+        return (
+            f"stopped, and nothing was written to {save_directory}: the weights are divided among the ranks, and one rank alone "
+            f"was asked to save them, as at Ctrl-C; {resume}"
+        )

@@ -1,7 +1,7 @@
 """Axolotl's trainer with the Medusa objective: which parameters train and how fast, target counts, metrics, checkpoints.
 
-Contract: the loss itself is in `objective` (the model's forward) and the files are in `checkpoint`; this module only
-connects them to axolotl's trainer.
+Contract: the loss itself is in `objective` (the model's forward) and the files are in `saving` and `loading`; this module
+only connects them to axolotl's trainer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +25,9 @@ from axolotl_medusa.model.anatomy import (
     output_embedding,
     recompute_layers,
 )
-from axolotl_medusa.model.file_names import HEADS_FOLDER
 from axolotl_medusa.model.heads import attached_heads
-from axolotl_medusa.model.heads_directory import (
-    load_into,
-    read_heads,
-)
 from axolotl_medusa.training.datasets import token_columns_only
+from axolotl_medusa.training.epoch_shuffle import EpochShuffle
 from axolotl_medusa.training.hidden_cache import (
     CachedRows,
     CrossedSamplesError,
@@ -40,21 +35,14 @@ from axolotl_medusa.training.hidden_cache import (
     cache_identity,
     dataset_samples,
 )
+from axolotl_medusa.training.loading import load_heads, load_trained_model
 from axolotl_medusa.training.objective import Objective, metric_names
 from axolotl_medusa.training.saving import HeadsSaver
 from axolotl_medusa.training.schedule import parse_schedule, scheduler_factor
+from axolotl_medusa.training.stopping import nonfinite_loss, stop
 from axolotl_medusa.training.trainable import check_trainable, set_trainable
 
 LOG = get_logger(__name__)
-
-
-_LARGEST_WEIGHT = 1e4
-"""Weights of working models stay far below; NaN is not below either. Only used to name the cause of a NaN loss."""
-
-
-def stop(message: str) -> SystemExit:
-    """An exit with status 1 and one line, without the traceback that a user's mistake does not need."""
-    return SystemExit(f"axolotl-medusa: {message}")
 
 
 def objective_of(cfg: DictDefault) -> Objective:
@@ -81,45 +69,15 @@ def warn_of_slow_precision(model: nn.Module, cfg: DictDefault) -> None:
         )
 
 
-class EpochShuffle(Sampler[int]):
-    """A permutation of the data set that depends on the seed and the epoch alone.
-
-    Axolotl shuffles packed data with the global random state, which a resumed run does not have at the same point; with
-    this sampler an interrupted run meets the same batches again. Accelerate calls `set_epoch` before every epoch.
-
-    Args:
-        size: Rows of the data set.
-        seed: Seed of the permutations.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-        self.packer: Any = None
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(torch.randperm(self.size, generator=generator).tolist())
-
-    def __len__(self) -> int:
-        return self.size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch's permutation; what was packed by another one is dropped."""
-        self.epoch = epoch
-        if self.packer is not None and self.packer.epoch != epoch:
-            self.packer.set_epoch(epoch)
-
-
 class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
     """Trains Medusa heads; `setup_medusa` must be called before training, which the plugin does.
 
     Attributes:
-        medusa_trains: Whether this trainer was made to train; otherwise an evaluation loads the trained heads first.
+        medusa_trains: Whether this trainer was made to train; otherwise an evaluation first loads what training left.
     """
 
     medusa_trains = False
+    _is_loaded = False
     _cached_rows: CachedRows | None = None
 
     def setup_medusa(self, cfg: DictDefault) -> None:
@@ -165,8 +123,9 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         if not cfg.medusa_hidden_cache:
             return
         samples = dataset_samples(self.train_dataset)
-        identity = cache_identity(self.model, self.processing_class, samples, self.accelerator.mixed_precision)
-        if self.args.world_size > 1:  # ranks whose weights are still empty cannot hash them
+        main, precision = self.accelerator.is_main_process, self.accelerator.mixed_precision
+        identity = cache_identity(self.model, self.processing_class, samples, precision, keep=main)
+        if self.args.world_size > 1:  # only rank 0 hashes: the weights of others may still be empty
             identities = [identity]
             torch.distributed.broadcast_object_list(identities, src=0)
             (identity,) = identities
@@ -249,29 +208,9 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
             num_items_in_batch=num_items_in_batch,
         )
         if model.training and not torch.isfinite(loss):
-            self._stop_on_nonfinite_loss(loss)
+            raise nonfinite_loss(loss.item(), self.state.global_step + 1, self.model, self.args)
         self._add_metrics("train" if model.training else "eval", outputs["metric_sums"])
         return (loss, outputs) if return_outputs else loss
-
-    def _stop_on_nonfinite_loss(self, loss: Tensor) -> None:
-        sizes = {name: parameter.detach().abs().max().item() for name, parameter in self.model.named_parameters()}
-        name = max(sizes, key=lambda name: math.inf if math.isnan(sizes[name]) else sizes[name])
-        largest = sizes[name]
-        if not largest < _LARGEST_WEIGHT:
-            cause = (
-                f"{name} has grown to {largest:.3g}: an earlier step was too large; lower learning_rate or "
-                "medusa_lr_multiplier, lengthen warmup_steps, or set max_grad_norm"
-            )
-        elif self.args.fp16:
-            cause = "all weights look healthy: activations overflow in fp16; train with bf16"
-        else:
-            cause = (
-                "all weights look healthy: activations overflow; check the data of this step and the model's precision"
-            )
-        raise stop(
-            f"the loss is {loss.item()} at step {self.state.global_step + 1}; {cause}. Stopped before the step changed anything; "
-            f"checkpoints in {self.args.output_dir} are untouched."
-        )
 
     def _add_metrics(self, split: str, sums: Tensor) -> None:
         stored = self._medusa_sums[split]
@@ -298,12 +237,19 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Adds the heads' metrics to an evaluation, so that `metric_for_best_model` finds them."""
-        if not self.medusa_trains:
-            self._load_trained_heads()
+        if not self.medusa_trains and not self._is_loaded:
+            self._load_trained_model()
         self._medusa_sums["eval"] = None
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(self._pop_metrics("eval", f"{metric_key_prefix}_"))
         return output
+
+    def _load_trained_model(self) -> None:
+        try:
+            load_trained_model(self.model, self.medusa_cfg)
+        except ValueError as error:
+            raise stop(str(error)) from None
+        self._is_loaded = True
 
     def _create_multipack_sampler(self, base_sampler: Sampler[int], dataset: Any) -> Any:
         if isinstance(base_sampler, RandomSampler):
@@ -332,41 +278,38 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the backbone (Medusa-2 only) and the heads; the heads are gathered on every rank first."""
-        self._saver.collected = self._saver.collect()
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            self._saver.collected = None
+        """Saves the backbone (Medusa-2 only) and the heads; every rank must call it, and one of them writes."""
+        with self._saver.collecting(writes=self.args.should_save):
+            if not self.medusa_cfg.medusa_only_heads:
+                super().save_model(output_dir, _internal_call)
+                return
+            if self.args.should_save:  # without gathering a backbone that is not written
+                self._save(output_dir or self.args.output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; with FSDP the heads are saved here at the end, because axolotl writes an adapter or shards by ways of its own."""
+        output = super().train(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            with self._saver.collecting(writes=self.args.should_save):
+                if self.args.should_save:
+                    self._saver.write(self.args.output_dir)
+        return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._engine_keeps_heads or not self.medusa_cfg.medusa_only_heads:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self._engine_keeps_heads:
-            self._load_heads(resume_from_checkpoint)
+            load_heads(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self._engine_keeps_heads or not self.medusa_cfg.medusa_only_heads:
             super()._load_best_model()
         if not self._engine_keeps_heads:
-            self._load_heads(self.state.best_model_checkpoint)
+            load_heads(self.model, self.state.best_model_checkpoint)
 
     @property
     def _engine_keeps_heads(self) -> bool:
         """Whether checkpoints hold the state of an engine that wraps the whole model, heads included."""
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
-
-    def _load_trained_heads(self) -> None:
-        """For `axolotl evaluate`: the heads of medusa_init_from are attached already, else those of output_dir are wanted."""
-        if self.medusa_cfg.medusa_init_from:
-            return
-        if not (Path(self.args.output_dir) / HEADS_FOLDER).is_dir():
-            LOG.warning(
-                f"evaluating untrained heads: {self.args.output_dir} holds no {HEADS_FOLDER} and medusa_init_from is not set"
-            )
-            return
-        self._load_heads(self.args.output_dir)
-
-    def _load_heads(self, checkpoint: str) -> None:
-        load_into(self.model, read_heads(Path(checkpoint) / HEADS_FOLDER))
-        LOG.info(f"Medusa heads loaded from {checkpoint}")
