@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType
 from axolotl.integrations.base import BasePlugin
+
+
+_choose = PartialState._prepare_backend
+
+
+def _gloo_for_deepspeed(state: PartialState, *args: Any, **kwargs: Any) -> tuple[str | None, DistributedType]:
+    """Where accelerate knows no backend it takes every process for the only one, and DeepSpeed's ranks would all be rank 0."""
+    backend, kind = _choose(state, *args, **kwargs)
+    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return ("gloo" if backend is None and is_deepspeed else backend), kind
+
+
+PartialState._prepare_backend = _gloo_for_deepspeed
 
 
 class CpuRanksPlugin(BasePlugin):

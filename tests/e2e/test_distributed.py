@@ -89,10 +89,6 @@ def test_two_ddp_processes_share_a_hidden_cache_and_equal_one(one_process, make_
 
 
 def test_two_zero3_processes_equal_one_and_gather_on_save(one_process, make_yaml, tmp_path, two_chats, zero3):
-    """With DeepSpeed on CPUs accelerate gives every rank the same data; so there is one conversation and micro-batch 1."""
-    chat = tmp_path / "one.jsonl"
-    chat.write_text(Path(two_chats[0]["path"]).read_text().splitlines()[0] + "\n")
-    data = [{**two_chats[0], "path": str(chat)}]
     two = tmp_path / "two"
-    torchrun(make_yaml(**COMMON, datasets=data, output_dir=str(two), deepspeed=zero3))
-    assert_same(one_process(datasets=data, micro_batch_size=1), two)
+    torchrun(make_yaml(**COMMON, datasets=two_chats, output_dir=str(two), deepspeed=zero3))
+    assert_same(one_process(datasets=two_chats), two)

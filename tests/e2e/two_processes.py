@@ -48,5 +48,5 @@ def torchrun(config: Path, command: str = "train", ok: bool = True, **environmen
     """Runs it to its end and returns what it printed."""
     with two_processes(config, command, **environment) as process:
         output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert (process.returncode == 0) is ok, output[-6000:]
+    assert (process.returncode == 0) is ok, output[-20000:]
     return output
