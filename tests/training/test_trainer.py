@@ -6,11 +6,14 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 from axolotl.utils.dict import DictDefault
-from conftest import HIDDEN, VOCAB, add_lora, make_model
+from conftest import COMMON, HIDDEN, VOCAB, add_lora, make_model
 from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from axolotl_medusa.losses import chunked as chunked_loss
+from axolotl_medusa.model.anatomy import backbone
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.training import trainer as trainer_module
 from axolotl_medusa.training.args import MedusaArgs
@@ -112,6 +115,53 @@ def test_set_trainable_last_layers_are_the_last_layers_and_the_final_norm(family
     names = {name for name in trainable(model) if not name.startswith("medusa_heads.")}
     assert all(name.startswith((layer, norm)) for name in names)
     assert any(name.startswith(layer) for name in names) and any(name.startswith(norm) for name in names)
+
+
+FINAL_NORMS = {
+    "bloom": (("h", "ln_f"), {"n_layer": 2, "n_head": 4}),
+    "opt": (("layers", "final_layer_norm"), {"ffn_dim": 64, "word_embed_proj_dim": HIDDEN}),
+    "falcon": (("h", "ln_f"), {}),
+    "gpt_neox": (("layers", "final_layer_norm"), {}),
+    "gpt_neo": (("h", "ln_f"), {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
+    "gptj": (("h", "ln_f"), {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+    "mpt": (("blocks", "norm_f"), {"d_model": HIDDEN, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "stablelm": (("layers", "norm"), {}),
+    "xglm": (("layers", "layer_norm"), {"d_model": HIDDEN, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64}),
+    "biogpt": (("layers", "layer_norm"), {}),
+    "lfm2": (("layers", "embedding_norm"), {}),
+    "gemma2": (("layers", "norm"), {}),
+    "olmo2": (("layers", "norm"), {}),
+    "starcoder2": (("layers", "norm"), {}),
+    "mamba": (("layers", "norm_f"), {"state_size": 8}),
+    "bart": (
+        ("layers", None),
+        {"d_model": HIDDEN, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
+    ),
+}
+"""Names of the layers and of the final norm (Bart has none), and sizes where a family calls them otherwise."""
+
+
+@pytest.mark.parametrize("family", FINAL_NORMS)
+def test_set_trainable_final_norm_and_no_other_trains_in_every_family(family):
+    (layers, norm), changes = FINAL_NORMS[family]
+    common = {key: value for key, value in COMMON.items() if key not in ("head_dim", "attn_implementation")}
+    options = AutoConfig.for_model(family, **{**common, **changes})
+    model = with_heads(AutoModelForCausalLM.from_config(options, attn_implementation="eager").float())
+    set_trainable(model, config(medusa_num_unfreeze_layers=1))
+    parts = [name.split(".") for name in trainable(model) if not name.startswith("medusa_heads.")]
+    assert {tuple(part[part.index(layers) :][:2]) if layers in part else part[-2] for part in parts} == {
+        (layers, "1"),
+        *([norm] if norm else []),
+    }
+    if norm:  # and it is the one whose output the heads see
+        outputs = []
+        module = next(
+            module for name, module in model.named_modules() if name.split(".")[-1] == norm and "layers.0" not in name
+        )
+        module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        with torch.no_grad():
+            hidden = backbone(model.eval())(input_ids=torch.arange(3, 9)[None], use_cache=False)[0]
+        assert torch.equal(outputs[-1], hidden)
 
 
 def test_set_trainable_more_layers_than_the_model_has_is_an_error():

@@ -70,25 +70,35 @@ def separate_heads(optimizer: Any, heads: Iterable[Any], multiplier: float, own_
         own_rate: Learning rate that is multiplied instead of the group's, where groups are made for other modules.
 
     Raises:
-        ValueError: A parameter of the heads is in no group that has a learning rate.
+        ValueError: Groups that hold the heads have no learning rate, or none holds them.
     """
     own = {id(parameter) for parameter in heads}
     moved = 0
     for group in list(optimizer.param_groups):
         parameters = [parameter for parameter in group["params"] if id(parameter) in own]
-        if not parameters or group.get("lr") is None:
+        if not parameters:
             continue
+        if group.get("lr") is None:
+            moved = 0
+            break
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         options = {key: value for key, value in group.items() if key != "params"}
         rate = options["lr"] if own_rate is None else own_rate
         optimizer.add_param_group({**options, "params": parameters, "lr": rate * multiplier})
         moved += len(parameters)
-    if moved != len(own):
+    if not moved:
         raise ValueError(
-            f"medusa_lr_multiplier is {multiplier:g} but {type(optimizer).__name__} keeps a learning rate for {moved} of the heads' "
-            f"{len(own)} tensors only: use another optimizer or remove medusa_lr_multiplier"
+            f"medusa_lr_multiplier is {multiplier:g} but {type(optimizer).__name__} keeps no learning rate for the heads' parameters: "
+            "use another optimizer or remove medusa_lr_multiplier"
         )
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def left_out(optimizer: Any, heads: Iterable[Any]) -> int:
+    """How many of the heads' tensors an optimizer does not train, 0 where it steps parameters in another way than by groups."""
+    own = {id(parameter) for parameter in heads}
+    held = own & {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return len(own) - len(held) if held else 0
 
 
 def heads_group_for_deepspeed(

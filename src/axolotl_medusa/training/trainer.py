@@ -40,7 +40,7 @@ from axolotl_medusa.training.hidden_cache import (
     cache_identity,
     dataset_samples,
 )
-from axolotl_medusa.training.learning_rates import heads_group_for_deepspeed, separate_heads
+from axolotl_medusa.training.learning_rates import heads_group_for_deepspeed, left_out, separate_heads
 from axolotl_medusa.training.objective import Objective, metric_names
 from axolotl_medusa.training.saving import HeadsSaver
 from axolotl_medusa.training.schedule import parse_schedule, scheduler_factor
@@ -330,9 +330,14 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
             if multiplier != 1.0:
                 trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
                 optimizer.params = heads_group_for_deepspeed(trained, heads, rate * multiplier)
-        elif is_new and (multiplier != 1.0 or for_others):
+        elif is_new:
+            if number := left_out(optimizer, heads):
+                LOG.warning(
+                    f"{type(optimizer).__name__} leaves {number} of the heads' {len(heads)} tensors as they are"
+                )
             try:
-                separate_heads(optimizer, heads, multiplier, rate if for_others else None)
+                if multiplier != 1.0 or for_others:
+                    separate_heads(optimizer, heads, multiplier, rate if for_others else None)
             except ValueError as error:
                 raise stop(str(error)) from None
         return optimizer
