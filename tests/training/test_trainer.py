@@ -17,7 +17,7 @@ from axolotl_medusa.model.anatomy import backbone
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.training import trainer as trainer_module
 from axolotl_medusa.training.args import MedusaArgs
-from axolotl_medusa.training.objective import metric_names
+from axolotl_medusa.training.objective import install_objective, metric_names
 from axolotl_medusa.training.trainable import check_trainable, heads_dtype, set_trainable
 from axolotl_medusa.training.trainer import EpochShuffle, MedusaTrainer, objective_of, warn_of_slow_precision
 
@@ -244,3 +244,24 @@ def test_open_hidden_cache_announces_its_size_and_warns_where_no_sample_comes_tw
     assert line.endswith("2 rows of 32 in bf16, 1.28e-07 GB; 0 of 1 samples are stored")
     assert bool(said["warning"]) is warned
     assert trainer._cached_rows.cache.directory.parent == tmp_path / "c"
+
+
+@pytest.mark.parametrize("drop_attention_mask", [False, True])
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_columns_of_the_data_that_the_model_takes_reach_it(with_lora, drop_attention_mask, tmp_path):
+    """Positions that skip (`use_pose`) and a mask of the user's own must not be dropped where nothing is packed."""
+    from axolotl.core.training_args import AxolotlTrainingArguments
+
+    model = with_heads(add_lora(make_model()) if with_lora else make_model())
+    install_objective(model, objective_of(config()))
+    row = {"input_ids": [5, 6], "labels": [5, 6], "attention_mask": [1, 1], "position_ids": [0, 9], "note": "x"}
+    args = AxolotlTrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        sample_packing=drop_attention_mask,
+        sample_packing_drop_attention_mask=drop_attention_mask,
+    )
+    trainer = MedusaTrainer(model=model, args=args, train_dataset=Dataset.from_list([row]))
+    kept = set(trainer._remove_unused_columns(trainer.train_dataset, "evaluation").column_names)
+    assert kept == {"input_ids", "labels", "position_ids"} | (set() if drop_attention_mask else {"attention_mask"})
