@@ -142,11 +142,13 @@ def test_config_problems_missing_directory_is_one_line_that_names_it(key, tmp_pa
     assert line.startswith(f"{key} {tmp_path / 'absent'} has no ")
 
 
-def test_config_problems_missing_checkpoint_with_a_bare_name_is_found_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize("key", ["lora_model_dir", "resume_from_checkpoint"])
+def test_config_problems_name_that_need_not_be_a_path_is_looked_at_where_it_is_one(key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (line,) = problems(resume_from_checkpoint="out/checkpoint-7")
-    assert "out/checkpoint-7" in line
-    assert problems(lora_model_dir="org/adapter-on-a-hub") == []
+    assert problems(**{key: "org/name"}) == []
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    (line,) = problems(**{key: "org/name"})
+    assert line.startswith(f"{key} org/name has no ")
 
 
 def test_config_problems_deepspeed_configuration_is_read_from_a_file_or_the_yaml(tmp_path):

@@ -84,6 +84,12 @@ CONTRADICTIONS = [
         "unfrozen_parameters",
         {"medusa_num_unfreeze_layers": 2, "unfrozen_parameters": ["norm"]},
     ),
+    (
+        "medusa_num_unfreeze_layers",
+        "lisa_step_interval",
+        {"medusa_num_unfreeze_layers": 2, "lisa_step_interval": 20, "lisa_n_layers": 2},
+    ),
+    ("medusa_hidden_cache", "use_pose", {**HIDDEN_CACHE, "use_pose": True}),
     ("medusa_kl_coefficient", "medusa_self_distillation", {"medusa_kl_coefficient": 0.5}),
     (
         "medusa_kl_coefficient",

@@ -88,11 +88,8 @@ def file_problems(args: MedusaArgs, cfg: Mapping[str, Any], bad: set[Any]) -> li
         deepspeed_config(cfg)
     except ValueError as error:
         problems.append(f"deepspeed {error}")
-    adapter, checkpoint = cfg.get("lora_model_dir"), cfg.get("resume_from_checkpoint")
-    if isinstance(adapter, str) and (_is_local(adapter) or Path(adapter).is_dir()):  # else it is on the hub
-        problems += _directory_problems("lora_model_dir", adapter, _ADAPTER_FILE, _LARGEST_CONFIG)
-    if isinstance(checkpoint, str) and checkpoint:
-        problems += _directory_problems("resume_from_checkpoint", checkpoint, _STATE_FILE, _LARGEST_STATE)
+    problems += _directory_problems(cfg, "lora_model_dir", _ADAPTER_FILE, _LARGEST_CONFIG)
+    problems += _directory_problems(cfg, "resume_from_checkpoint", _STATE_FILE, _LARGEST_STATE)
     return problems + _chat_template_problems(cfg)
 
 
@@ -144,7 +141,10 @@ def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
     ]
 
 
-def _directory_problems(key: str, name: str, file: str, limit: int) -> list[str]:
+def _directory_problems(cfg: Mapping[str, Any], key: str, file: str, limit: int) -> list[str]:
+    name = cfg.get(key)
+    if not isinstance(name, str) or not (_is_local(name) or Path(name).is_dir()):
+        return []  # on the hub, or axolotl's to look for
     path = Path(name).expanduser() / file
     if not path.is_file():
         return [f"{key} {name} has no {file}: expected a directory that training wrote"]

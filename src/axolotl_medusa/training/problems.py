@@ -98,8 +98,9 @@ def _recipe_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
             f"medusa_checkpoint_layers is {args.medusa_checkpoint_layers} with gradient_checkpointing: "
             f"{cfg['gradient_checkpointing']}, which recomputes all layers; set gradient_checkpointing: false or remove it"
         )
-    if args.medusa_num_unfreeze_layers and cfg.get("unfrozen_parameters"):
-        problems.append("medusa_num_unfreeze_layers and unfrozen_parameters are both set: keep one of the two")
+    for key in ("unfrozen_parameters", "lisa_step_interval"):
+        if args.medusa_num_unfreeze_layers and cfg.get(key) and not args.medusa_only_heads:
+            problems.append(f"medusa_num_unfreeze_layers and {key} are both set: keep one of the two")
     if args.medusa_kl_coefficient and not args.medusa_self_distillation:
         problems.append(
             f"medusa_kl_coefficient is {args.medusa_kl_coefficient} without medusa_self_distillation: there is no teacher; "
