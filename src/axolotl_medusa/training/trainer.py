@@ -325,7 +325,7 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
         rate, multiplier = self.args.learning_rate, self.medusa_cfg.medusa_lr_multiplier
         heads = list(attached_heads(self.model).parameters())
-        for_others = any(getattr(self.args, key) is not None for key in _RATES_OF_OTHER_MODULES)
+        for_others = any(getattr(self.args, key, None) is not None for key in _RATES_OF_OTHER_MODULES)
         if not hasattr(optimizer, "param_groups"):  # a stand-in: DeepSpeed makes the optimizer of its configuration
             if multiplier != 1.0:
                 trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
