@@ -10,7 +10,6 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from axolotl.integrations.base import BasePlugin
 
-
 _choose = PartialState._prepare_backend
 
 

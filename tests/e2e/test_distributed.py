@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,20 @@ def test_two_zero3_processes_equal_one_and_gather_on_save(one_process, make_yaml
     two = tmp_path / "two"
     torchrun(make_yaml(**COMMON, datasets=two_chats, output_dir=str(two), deepspeed=zero3))
     assert_same(one_process(datasets=two_chats), two)
+
+
+def with_changes(zero3: str, **changes) -> str:
+    file = Path(zero3)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return str(file)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["axolotls-optimizer", "deepspeeds-own"])
+def test_two_zero3_processes_multiply_the_heads_learning_rate(own, one_process, make_yaml, tmp_path, two_chats, zero3):
+    """DeepSpeed makes any optimizer of torch by its name; SGD shows the learning rate in every step."""
+    if own:
+        optimizer = {"type": "SGD", "params": {"lr": "auto"}}
+        zero3 = with_changes(zero3, optimizer=optimizer, zero_allow_untested_optimizer=True)
+    two = tmp_path / "two"
+    torchrun(make_yaml(**COMMON, datasets=two_chats, output_dir=str(two), deepspeed=zero3, medusa_lr_multiplier=4.0))
+    assert_same(one_process(datasets=two_chats, medusa_lr_multiplier=4.0), two)
