@@ -62,7 +62,7 @@ def _export(options: argparse.Namespace) -> None:
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="DIR", help="heads in the format of FasterDecoding, TGI, LoRAX, vLLM, ...")
     parser.add_argument("--to", required=True, choices=("canonical",), help="canonical: what training writes")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where to write")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; new, empty, or earlier heads")
     parser.add_argument(
         "--base-model", metavar="M", help="directory or Hub name; by default what the heads' config says"
     )
