@@ -45,6 +45,7 @@ STAYS_LIGHT = {
     "serving.formats",
     "serving.model_card",
     "serving.push",
+    "terminal.outputs",
     "terminal.prompts",
     "training.args",
     "training.datasets",

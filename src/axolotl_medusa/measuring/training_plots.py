@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from axolotl_medusa.measuring.plots import check_matplotlib, save_plot
+from axolotl_medusa.measuring.plots import check_matplotlib, check_plots, save_plot
 
 TRAINING_PLOTS = {
     "training_loss.png": (r"base_loss|medusa\d+_loss", "loss"),
@@ -34,7 +34,7 @@ def write_training_plots(output_dir: str | Path, directory: str | Path) -> list[
         The files.
 
     Raises:
-        ValueError: There is no checkpoint, or its log has nothing about heads.
+        ValueError: There is no checkpoint, its log has nothing about heads, or a picture that is there is not ours.
         RuntimeError: matplotlib is missing.
     """
     check_matplotlib()
@@ -45,6 +45,7 @@ def write_training_plots(output_dir: str | Path, directory: str | Path) -> list[
         raise ValueError(
             f"{state} has no losses of heads: train with logging_steps set and without medusa_logging: false"
         )
+    check_plots(directory, TRAINING_PLOTS)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
 
