@@ -193,6 +193,21 @@ def test_output_that_is_no_output_is_refused_and_left_alone(
     assert not server.requests
 
 
+@pytest.mark.parametrize("content", ["precious", '{"inputs": [], "total": {}}'], ids=["text", "combine's report"])
+def test_report_that_is_of_no_run_is_refused_and_left_alone(
+    work: Workdir, server: FakeServer, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    work.write({"prompt": "one"})
+    work.report_file.parent.mkdir()
+    work.report_file.write_text(content)
+    assert work.run() == 2
+    assert f"{work.report_file}: found" in capsys.readouterr().err
+    assert work.report_file.read_text() == content
+    assert not server.requests
+    work.report_file.unlink()
+    assert work.run() == work.run() == 0
+
+
 def test_input_as_output_is_refused(work: Workdir, server: FakeServer) -> None:
     work.write({"prompt": "one"})
     work.output = work.data
