@@ -251,7 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[options.command].run(options)
     except (ValueError, OSError, RuntimeError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        from axolotl_medusa.model.secrets import without_secrets
+
+        message = without_secrets(" ".join(str(error).split())) or type(error).__name__
         print(f"axolotl-medusa {options.command}: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ import torch
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.heads import HeadForm, MedusaHeads
 from axolotl_medusa.model.heads_directory import HeadsFile, heads_config, verify_heads
+from axolotl_medusa.model.secrets import without_secrets
 from axolotl_medusa.model.sources import Source
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, read_json, write_json, write_tensors
 from axolotl_medusa.serving.formats import OUTPUT_LAYER, TORCH_HEADS_FILE, HeadTensor, parse
@@ -92,7 +93,7 @@ def import_heads(directory: str | Path, out: str | Path, base_model: str | None 
             f"the {found.num_layers} blocks of every head are equal, as trainers write them that repeat one block: "
             "they are kept as independent blocks, which compute the same"
         )
-    meta = {key: value for key, value in found.meta.items() if key != "export"}
+    meta = {key: value for key, value in without_secrets(found.meta).items() if key != "export"}
     meta = meta or {"imported": {"from": found.where.resolve().name, "notes": notes}}
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.iterdir()):
