@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_medusa.measuring.plots import check_matplotlib, check_plots, save_plot
+from axolotl_medusa.model.checkpoints import checkpoints
 
 TRAINING_PLOTS = {
     "training_loss.png": (r"base_loss|medusa\d+_loss", "loss"),
@@ -65,19 +66,14 @@ def trainer_state(output_dir: str | Path) -> Path:
         ValueError: There is none.
     """
     directory = Path(output_dir)
-    found = sorted(directory.glob(f"checkpoint-*/{_STATE}"), key=_step_of)
     if (directory / _STATE).is_file():
-        found.append(directory / _STATE)
+        return directory / _STATE
+    found = checkpoints(directory, _STATE)
     if not found:
         raise ValueError(
             f"{directory} has no checkpoint-*/{_STATE}: expected what training wrote, an output_dir with a checkpoint"
         )
-    return found[-1]
-
-
-def _step_of(state: Path) -> int:
-    step = state.parent.name.removeprefix("checkpoint-")
-    return int(step) if step.isdecimal() else -1
+    return found[-1] / _STATE
 
 
 def _log_history(state: Path) -> Sequence[Mapping[str, Any]]:
