@@ -15,7 +15,7 @@ from conftest import HIDDEN, VOCAB, make_model
 from exports import CASES, FORMS, HEADS, IN_BACKBONE, edit_json, exported, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from training_outputs import write_run
+from training_outputs import as_torch_files, write_run
 from transformers import AutoModelForCausalLM
 
 from axolotl_medusa.model.sources import find_source
@@ -361,3 +361,47 @@ def test_secrets_that_earlier_heads_hold_are_in_no_file_of_an_export(tmp_path):
     files = [path for out in ("out", "back") for path in (tmp_path / out).rglob("*") if path.is_file()]
     assert files and not [file for file in files if b"sec-ret" in file.read_bytes()]
     assert "`https://***@host/data`" in (tmp_path / "out" / "README.md").read_text()
+
+
+# Models that are stored as torch files alone
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("where", ["local", "hub"])
+@pytest.mark.parametrize("target", ["vllm", "tensorrt-llm", "rtp-llm"])
+def test_model_of_torch_files_is_exported_as_one_of_safetensors(target, where, num_shards, tmp_path, monkeypatch):
+    source = trained(tmp_path)
+    export(source, target, tmp_path / "expected")
+    as_torch_files(tmp_path / "base", num_shards)
+    if where == "hub":
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "base"))
+        source = find_source(tmp_path / "run", "org/model")
+    export(source, target, tmp_path / "out")
+    expected, found = TensorFiles.open(tmp_path / "expected"), TensorFiles.open(tmp_path / "out")
+    surplus = {"model.layers.0.self_attn.rotary_emb.inv_freq"} if target in IN_BACKBONE else set()
+    assert set(found) == set(expected) | surplus
+    assert all(torch.equal(found.load(name), expected.load(name)) for name in expected)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_adapter_on_a_model_of_torch_files_is_merged(num_shards, tmp_path):
+    source = trained(tmp_path, "medusa-2", adapter=LORA_ON_HEAD)
+    export(source, "vllm", tmp_path / "expected", model="merged")
+    as_torch_files(tmp_path / "base", num_shards)
+    adapter = tmp_path / "run" / "adapter_model.safetensors"
+    torch.save(load_file(adapter), adapter.with_suffix(".bin"))
+    adapter.unlink()
+    export(source, "vllm", tmp_path / "out", model="merged")
+    expected, found = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / out / "merged_model") for out in ("expected", "out")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
+
+
+def test_full_model_of_torch_files_is_exported(tmp_path):
+    trained(tmp_path, "medusa-2")
+    as_torch_files(tmp_path / "run", 2)
+    source = find_source(tmp_path / "run")
+    assert source.model_kind == "full"
+    export(source, "vllm", tmp_path / "out", model="merged")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged_model")

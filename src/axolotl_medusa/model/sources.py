@@ -6,6 +6,7 @@ never a tensor. What the model's weights are is `serving.served_model`'s to say.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ _TOKENIZER_FILES = (
     "chat_template.*",
 )
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")
+_TORCH_WEIGHTS = "pytorch_model*.bin"
+"""Downloaded only where a model has no safetensors: many have both."""
 
 
 @dataclass(frozen=True)
@@ -91,18 +94,27 @@ class Source:
             raise ValueError(
                 f"{self.heads_dir / CONFIG_FILE} names no base_model_name_or_path: name the base model with --base-model"
             )
-        if (path := Path(self.base_model).expanduser()).is_dir():
-            return path
+        path = Path(self.base_model).expanduser()
+        return path if path.is_dir() else self._downloaded
+
+    @functools.cached_property
+    def _downloaded(self) -> Path:
+        """The base model's files from the Hub, its weights in one form; looked up once."""
         from huggingface_hub import snapshot_download
 
         revision = self.meta.get("yaml", {}).get("revision_of_model")
+        directory = Path()
         try:
-            return Path(snapshot_download(self.base_model, revision=revision, allow_patterns=list(_DOWNLOADED)))
+            for patterns in (_DOWNLOADED, (*_DOWNLOADED, _TORCH_WEIGHTS)):
+                directory = Path(snapshot_download(self.base_model, revision=revision, allow_patterns=list(patterns)))
+                if any(directory.glob("*.safetensors")):
+                    break
         except (OSError, ValueError) as error:  # offline, unknown, gated, or a path of another machine
             raise ValueError(
                 f"base model {self.base_model} is neither a directory here nor can it be downloaded "
                 f"({type(error).__name__}): name its directory with --base-model"
             ) from error
+        return directory
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files: those beside the heads, else of the run, else of a model that is on this disk."""
