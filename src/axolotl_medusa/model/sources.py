@@ -121,9 +121,9 @@ class Source:
         base = Path(self.base_model).expanduser() if self.base_model else None
         for directory in (self.heads_dir, self.output_dir, self.full_model_dir, base):
             if directory is not None and directory.is_dir():
-                found = {path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
-                if found:
-                    return sorted(found)
+                named = {path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
+                if found := sorted(path for path in named if path.suffix != ".py"):
+                    return found
         return []
 
 
