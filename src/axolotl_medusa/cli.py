@@ -104,6 +104,9 @@ def _decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) ->
     parser.add_argument("--load-in-8bit", action="store_true", help=eight)
     parser.add_argument("--load-in-4bit", action="store_true", help="hold the model in 4-bit (needs bitsandbytes)")
     parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that a model brings (default: no)"
+    )
+    parser.add_argument(
         "--max-new-tokens",
         type=int,
         default=max_new_tokens,

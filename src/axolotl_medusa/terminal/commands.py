@@ -51,7 +51,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
     report["steps"] = dataclasses.asdict(times)
     if held_out:
         device = causal_lm(model.base_model).get_input_embeddings().weight.device
-        original = load_original(options.heads, options.base_model, options.original, device)
+        trust = options.trust_remote_code
+        original = load_original(options.heads, options.base_model, options.original, device, trust_remote_code=trust)
         texts = [conversation_tokens(tokenizer, row) for row in held_out]
         report["quality"] = dataclasses.asdict(compare_models(model.base_model, original, texts))
     _print_report(report, times)
@@ -164,4 +165,5 @@ def _load(options: argparse.Namespace) -> tuple[MedusaModel, Any]:
         dtype=options.dtype,
         load_in_8bit=options.load_in_8bit,
         load_in_4bit=options.load_in_4bit,
+        trust_remote_code=options.trust_remote_code,
     )
