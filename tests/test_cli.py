@@ -67,6 +67,19 @@ def test_export_passes_every_option(calls):
     ]
 
 
+def test_export_still_takes_the_name_that_model_had(calls, capsys, monkeypatch):
+    arguments = ["export", "out", "--to", "tgi", "--out", "dir"]
+    assert main([*arguments, "--backbone", "merged"]) == 0
+    assert calls[-1][2]["model"] == "merged"
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert "backbone" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*arguments, "--model", "all"])
+    assert "argument --model: invalid choice: 'all'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("base_model", [None, "org/model"])
 def test_import_prints_its_notes(base_model, calls, capsys):
     options = ["--base-model", base_model] if base_model else []

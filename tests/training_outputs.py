@@ -73,11 +73,11 @@ def write_run(
     num_layers: int = 1,
     yaml: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes an output_dir with a checkpoint as training does: heads, and for Medusa-2 what the backbone became.
+    """Writes an output_dir with a checkpoint as training does: heads, and for Medusa-2 what the model became.
 
     Args:
         directory: Where.
-        model: The trained backbone, under peft for LoRA; heads are attached to it here.
+        model: The trained model, under peft for LoRA; heads are attached to it here.
         recipe: `medusa-1` or `medusa-2`.
         base: What the YAML calls base_model.
         form: Of the heads.

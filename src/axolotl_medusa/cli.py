@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 DEMO_PROMPT = "Write a short story about a salamander that keeps a lighthouse."
 
+_MODELS = ("none", "merged")
+"""What `export --model` takes, and `--backbone`, its earlier name."""
+
 _NOISE = {"torchao": "Failed to load ", "torch.utils._pytree": " is an Enum subclass "}
 """By logger what is said in every process where torchao is installed, whether it is used or not: its optional kernels for
 other GPUs, and its own use of torch."""
@@ -42,11 +45,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", metavar="M", help="directory or Hub name; by default what training wrote down")
     parser.add_argument(
         "--model",
-        "--backbone",  # its name until 0.1
-        choices=("none", "merged"),
+        choices=_MODELS,
         default="none",
         help="merged: also write the model that Medusa-2 trained, with its adapter merged (default: none)",
     )
+    parser.add_argument("--backbone", dest="model", choices=_MODELS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--no-verify", action="store_true", help="do not read the export back and compare its logits")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HIDDEN, VOCAB, make_model
-from exports import CASES, FORMS, HEADS, IN_BACKBONE, edit_json, exported, trained
+from exports import CASES, FORMS, HEADS, IN_MODEL_FILES, edit_json, exported, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from training_outputs import as_torch_files, write_run
@@ -118,7 +118,7 @@ def test_export_of_half_heads_keeps_their_type(target, dtype, tmp_path):
 # Medusa-2
 
 
-@pytest.mark.parametrize("target", [target for target in FORMS if target not in IN_BACKBONE])
+@pytest.mark.parametrize("target", [target for target in FORMS if target not in IN_MODEL_FILES])
 @pytest.mark.parametrize("adapter", [None, LORA, LORA_ON_HEAD], ids=["full", "lora", "lora-on-lm_head"])
 def test_merged_model_lies_beside_the_heads_and_has_their_lm_head(adapter, target, tmp_path):
     source = trained(tmp_path, "medusa-2", num_heads=HEADS.get(target, 3), adapter=adapter)
@@ -142,7 +142,7 @@ def test_merged_model_lies_beside_the_heads_and_has_their_lm_head(adapter, targe
         )  # peft's all-linear spares lm_head
 
 
-@pytest.mark.parametrize("target", sorted(IN_BACKBONE))
+@pytest.mark.parametrize("target", sorted(IN_MODEL_FILES))
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 def test_heads_inside_the_model_come_with_the_trained_one(adapter, target, tmp_path):
     source = trained(tmp_path, "medusa-2", adapter=adapter)
@@ -194,7 +194,7 @@ def test_what_the_target_cannot_express_is_refused(tmp_path):
     refused(source, "sglang", tmp_path / "out", "found the target sglang, expected one of vllm, tgi")
 
 
-@pytest.mark.parametrize("target", [target for target in FORMS if target not in IN_BACKBONE | {"lorax"}])
+@pytest.mark.parametrize("target", [target for target in FORMS if target not in IN_MODEL_FILES | {"lorax"}])
 def test_adapter_that_the_server_would_not_apply_is_refused(target, tmp_path):
     source = trained(tmp_path, "medusa-2", num_heads=HEADS.get(target, 3), adapter=LORA)
     refused(source, target, tmp_path / "out", f"{target} does not serve both; add --model merged")
@@ -378,7 +378,7 @@ def test_model_of_torch_files_is_exported_as_one_of_safetensors(target, where, n
         source = find_source(tmp_path / "run", "org/model")
     export(source, target, tmp_path / "out")
     expected, found = TensorFiles.open(tmp_path / "expected"), TensorFiles.open(tmp_path / "out")
-    surplus = {"model.layers.0.self_attn.rotary_emb.inv_freq"} if target in IN_BACKBONE else set()
+    surplus = {"model.layers.0.self_attn.rotary_emb.inv_freq"} if target in IN_MODEL_FILES else set()
     assert set(found) == set(expected) | surplus
     assert all(torch.equal(found.load(name), expected.load(name)) for name in expected)
 

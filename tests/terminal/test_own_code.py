@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +104,19 @@ def test_code_is_not_run_in_python_either(own):
 def test_export_and_its_verification_run_no_code(own):
     export(find_source(own / "run"), "rtp-llm", own / "out")
     assert (own / "out" / "modeling_own.py").is_file() and not (own / "code-was-run").exists()
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("folder", ["src", "data_generation", "demo", "benchmarks"])
+def test_no_call_trusts_code_by_itself(folder):
+    """Loaders in the package say what they trust: where they do not, transformers asks whoever sits at the terminal."""
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert given.get("trust_remote_code") != "True", f"{file}:{node.lineno}"
+            if folder == "src" and re.fullmatch(r"Auto\w+\.from_pretrained", ast.unparse(node.func)):
+                assert given.keys() & {"trust_remote_code", None}, f"{file}:{node.lineno}"

@@ -106,7 +106,9 @@ class Source:
         directory = Path()
         try:
             for patterns in (_DOWNLOADED, (*_DOWNLOADED, _TORCH_WEIGHTS)):
-                directory = Path(snapshot_download(self.base_model, revision=revision, allow_patterns=list(patterns)))
+                directory = Path(
+                    snapshot_download(str(self.base_model), revision=revision, allow_patterns=list(patterns))
+                )
                 if any(directory.glob("*.safetensors")):
                     break
         except (OSError, ValueError) as error:  # offline, unknown, gated, or a path of another machine
