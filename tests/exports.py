@@ -28,7 +28,7 @@ FORMS = {
 """The forms that each target expresses."""
 
 CASES = [(target, form) for target, forms in FORMS.items() for form in forms]
-IN_BACKBONE = {"fasterdecoding-merged", "rtp-llm", "modelopt"}
+IN_MODEL_FILES = {"fasterdecoding-merged", "rtp-llm", "modelopt"}
 HEADS = {"fasterdecoding": 5}
 """Number of heads where it is not 3."""
 

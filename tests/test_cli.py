@@ -67,6 +67,19 @@ def test_export_passes_every_option(calls):
     ]
 
 
+def test_export_still_takes_the_name_that_model_had(calls, capsys, monkeypatch):
+    arguments = ["export", "out", "--to", "tgi", "--out", "dir"]
+    assert main([*arguments, "--backbone", "merged"]) == 0
+    assert calls[-1][2]["model"] == "merged"
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert "backbone" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*arguments, "--model", "all"])
+    assert "argument --model: invalid choice: 'all'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("base_model", [None, "org/model"])
 def test_import_prints_its_notes(base_model, calls, capsys):
     options = ["--base-model", base_model] if base_model else []
@@ -93,6 +106,15 @@ def test_error_is_one_line_and_status_1(command, error, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.err == f"axolotl-medusa {command}: error: found two, expected one; do this\n"
     assert captured.out == ""
+
+
+def test_error_line_says_no_credentials(monkeypatch, capsys):
+    def fail(_):
+        raise OSError("cannot reach https://me:pass@host/x?token=abc")
+
+    monkeypatch.setitem(COMMANDS, "push", COMMANDS["push"]._replace(run=fail))
+    assert main(["push", *USAGE["push"]]) == 1
+    assert capsys.readouterr().err == "axolotl-medusa push: error: cannot reach https://***@host/x?token=***\n"
 
 
 def test_error_without_words_is_named(monkeypatch, capsys):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from conftest import HIDDEN, VOCAB, randomize
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,6 +24,27 @@ def save_base(directory: Path, model: PreTrainedModel, **options: Any) -> Path:
     """A base model as it comes from the Hub; `max_shard_size` splits it."""
     model.save_pretrained(directory, **options)
     save_tokenizer(directory)
+    return directory
+
+
+def as_torch_files(directory: Path, num_shards: int = 1, keep: bool = False) -> Path:
+    """Writes a model's safetensors as `torch.save` does, as older models are published; `keep` leaves both forms."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        tensors |= load_file(file)
+    for file in [] if keep else directory.glob("*.safetensors*"):
+        file.unlink()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # a buffer, which such files hold
+    names = sorted(tensors)
+    if num_shards == 1:
+        torch.save(tensors, directory / "pytorch_model.bin")
+        return directory
+    files = [f"pytorch_model-{number:05d}-of-{num_shards:05d}.bin" for number in range(1, num_shards + 1)]
+    for number, file in enumerate(files):
+        torch.save({name: tensors[name] for name in names[number::num_shards]}, directory / file)
+    weight_map = {name: files[place % num_shards] for place, name in enumerate(names)}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     return directory
 
 
@@ -51,11 +73,11 @@ def write_run(
     num_layers: int = 1,
     yaml: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes an output_dir with a checkpoint as training does: heads, and for Medusa-2 what the backbone became.
+    """Writes an output_dir with a checkpoint as training does: heads, and for Medusa-2 what the model became.
 
     Args:
         directory: Where.
-        model: The trained backbone, under peft for LoRA; heads are attached to it here.
+        model: The trained model, under peft for LoRA; heads are attached to it here.
         recipe: `medusa-1` or `medusa-2`.
         base: What the YAML calls base_model.
         form: Of the heads.

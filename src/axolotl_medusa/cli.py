@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 DEMO_PROMPT = "Write a short story about a salamander that keeps a lighthouse."
 
+_MODELS = ("none", "merged")
+"""What `export --model` takes, and `--backbone`, its earlier name."""
+
 _NOISE = {"torchao": "Failed to load ", "torch.utils._pytree": " is an Enum subclass "}
 """By logger what is said in every process where torchao is installed, whether it is used or not: its optional kernels for
 other GPUs, and its own use of torch."""
@@ -42,11 +45,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", metavar="M", help="directory or Hub name; by default what training wrote down")
     parser.add_argument(
         "--model",
-        "--backbone",  # its name until 0.1
-        choices=("none", "merged"),
+        choices=_MODELS,
         default="none",
         help="merged: also write the model that Medusa-2 trained, with its adapter merged (default: none)",
     )
+    parser.add_argument("--backbone", dest="model", choices=_MODELS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--no-verify", action="store_true", help="do not read the export back and compare its logits")
 
 
@@ -62,7 +65,7 @@ def _export(options: argparse.Namespace) -> None:
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="DIR", help="heads in the format of FasterDecoding, TGI, LoRAX, vLLM, ...")
     parser.add_argument("--to", required=True, choices=("canonical",), help="canonical: what training writes")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where to write")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; new, empty, or earlier heads")
     parser.add_argument(
         "--base-model", metavar="M", help="directory or Hub name; by default what the heads' config says"
     )
@@ -103,6 +106,9 @@ def _decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) ->
     )
     parser.add_argument("--load-in-8bit", action="store_true", help=eight)
     parser.add_argument("--load-in-4bit", action="store_true", help="hold the model in 4-bit (needs bitsandbytes)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that a model brings (default: no)"
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -251,7 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[options.command].run(options)
     except (ValueError, OSError, RuntimeError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        from axolotl_medusa.model.secrets import without_secrets
+
+        message = without_secrets(" ".join(str(error).split())) or type(error).__name__
         print(f"axolotl-medusa {options.command}: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

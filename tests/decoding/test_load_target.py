@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import HIDDEN, VOCAB, add_lora, make_model
 from decoding_models import prompts, random_heads, varied_model
+from training_outputs import as_torch_files
 
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.model.anatomy import causal_lm
@@ -51,6 +52,22 @@ def test_heads_find_their_model_and_decode_as_before(tmp_path, form):
     named = MedusaModel.from_pretrained(output / "medusa_heads", base_model=tmp_path / "base")
     assert torch.equal(named.generate(ids, mask, NEW), expected)
     assert all(torch.equal(a, b) for a, b in zip(named.heads.parameters(), loaded.heads.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("where", ["local", "hub"])
+def test_model_of_torch_files_decodes_as_one_of_safetensors(tmp_path, monkeypatch, where, num_shards):
+    model = varied_model()
+    ids, mask = prompts()
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    output = save(tmp_path, model)
+    as_torch_files(tmp_path / "base", num_shards)
+    name = None
+    if where == "hub":
+        name = "org/model"
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "base"))
+    loaded = MedusaModel.from_pretrained(output, name, dtype=torch.float32, device="cpu")
+    assert torch.equal(loaded.generate(ids, mask, NEW), expected)
 
 
 def test_heads_are_put_on_a_model_that_is_loaded_already(tmp_path):

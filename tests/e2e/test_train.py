@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.model.heads_directory import read_heads
+from axolotl_medusa.serving.model_card import measured_in_training
 
 pytestmark = pytest.mark.e2e
 
@@ -208,6 +209,30 @@ def test_train_best_model_and_early_stopping_follow_the_acceptance_length(make_y
     lengths = [entry["eval_medusa_acceptance_length"] for entry in history if "eval_medusa_acceptance_length" in entry]
     assert 2 <= len(lengths) < 10, "with a learning rate of 0 nothing improves, so training stops early"
     assert "eval_medusa0_top1" in next(entry for entry in history if "eval_loss" in entry)
+
+
+def test_train_leaves_the_best_heads_and_their_card_has_their_evaluation(make_yaml, axolotl, tmp_path):
+    """A learning rate at which later steps are worse than the first ones."""
+    config = make_yaml(
+        val_set_size=0.2,
+        eval_sample_packing=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        metric_for_best_model="eval_medusa0_loss",
+        greater_is_better=False,
+        load_best_model_at_end=True,
+        learning_rate=5.0,
+        max_steps=6,
+    )
+    axolotl("train", config)
+    out = tmp_path / "out"
+    losses = {entry["step"]: entry["eval_medusa0_loss"] for entry in log_history(out) if "eval_medusa0_loss" in entry}
+    best = min((step for step in losses if step), key=losses.__getitem__)
+    assert best < max(losses), losses
+    measured = measured_in_training(out)
+    assert (measured["step"], measured["medusa0_loss"]) == (best, losses[best])
+    assert measured_in_training(out / f"checkpoint-{max(losses)}")["step"] == max(losses)
 
 
 def test_evaluate_command_measures_the_trained_heads(make_yaml, axolotl, tmp_path):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import HIDDEN, VOCAB, add_lora, make_model
 from safetensors.torch import load_file, save_file
-from training_outputs import save_base, save_tokenizer, write_run
+from training_outputs import as_torch_files, save_base, save_tokenizer, write_run
 
 from axolotl_medusa.model import tensor_files
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE
 from axolotl_medusa.model.heads_directory import read_heads
 from axolotl_medusa.model.sources import find_source
+from axolotl_medusa.model.tensor_files import TensorFiles, write_sharded
 
 
 @pytest.fixture
@@ -171,6 +174,16 @@ def test_other_directories_are_refused_in_one_line(break_it, message, runs):
     assert "\n" not in str(error.value)
 
 
+def test_checkpoint_that_an_unfinished_run_names_is_the_last_by_its_step(runs):
+    run = runs["base"]
+    for age, step in enumerate((100, 9, 20)):
+        heads = shutil.copytree(run / "checkpoint-4", run / f"checkpoint-{step}") / "medusa_heads"
+        os.utime(heads, (2e9 + age, 2e9 + age))
+    shutil.rmtree(run / "medusa_heads")
+    with pytest.raises(ValueError, match=r"give a checkpoint, e\.g\. .*/checkpoint-100$"):
+        find_source(run)
+
+
 def test_fsdp_shards_are_refused_with_the_command_that_joins_them(runs):
     (runs["full"] / "model.safetensors").unlink()
     (runs["full"] / "pytorch_model_fsdp_0").mkdir()
@@ -214,27 +227,63 @@ def test_tokenizer_files_are_the_heads_own_then_the_runs_then_the_base_models(ru
 
 
 class HubStandIn:
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    """Stands in for `snapshot_download`: copies the files of a repository that match, and lists what it copied."""
+
+    def __init__(self, repository: Path, cache: Path) -> None:
+        self.repository, self.cache = repository, cache
         self.asked: list[tuple] = []
 
     def __call__(self, name, revision=None, allow_patterns=()):
         self.asked.append((name, revision))
-        assert "*.safetensors" in allow_patterns and "*.bin" not in allow_patterns
         if name != "org/model":
             raise OSError("not cached, and offline\nsecond line")
-        return str(self.directory)
+        self.cache.mkdir(exist_ok=True)
+        for file in self.repository.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copyfile(file, self.cache / file.name)
+        return str(self.cache)
+
+    @property
+    def files(self) -> set[str]:
+        return {file.name for file in self.cache.iterdir()}
 
 
-def test_base_model_on_the_hub_is_downloaded_in_the_runs_revision(base, tmp_path, monkeypatch):
-    hub = HubStandIn(base)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+@pytest.fixture
+def hub(base, tmp_path, monkeypatch):
+    stand_in = HubStandIn(base, tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", stand_in)
+    return stand_in
+
+
+def test_base_model_on_the_hub_is_downloaded_in_the_runs_revision(hub, tmp_path):
     run = write_run(tmp_path / "out", make_model(), "medusa-1", "org/model", yaml={"revision_of_model": "v2"})
-    assert find_source(run).model_dir() == base
-    assert hub.asked == [("org/model", "v2")]
+    source = find_source(run)
+    assert source.model_dir() == source.model_dir() == hub.cache
+    assert hub.asked == [("org/model", "v2")], "once for each source"
     with pytest.raises(ValueError, match=r"base model org/none is neither.*\(OSError\): name its directory") as error:
         find_source(run, "org/none").model_dir()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "both"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_of_a_hub_model_are_downloaded_in_one_form(sharded, kind, base, hub, tmp_path):
+    expected = {tensor.name: tensor.load() for tensor in TensorFiles.open(base).values()}
+    if kind != "safetensors":
+        as_torch_files(base, 3 if sharded else 1, keep=kind == "both")
+    if kind != "bin" and sharded:
+        write_sharded(base, [*TensorFiles.open(base).values()], max_shard_bytes=20_000)
+        (base / "model.safetensors").unlink()
+    for name in ("training_args.bin", "optimizer.bin", "rng_state.pth"):
+        (base / name).write_bytes(b"not wanted")
+    found = find_source(write_run(tmp_path / "out", make_model(), "medusa-1", "org/model")).model_dir()
+    assert all(torch.equal(TensorFiles.open(found).load(name), tensor) for name, tensor in expected.items())
+    weights = {name for name in hub.files if name.endswith((".bin", ".safetensors", ".pth"))}
+    if kind == "bin":
+        assert weights == {file.name for file in base.glob("pytorch_model*.bin")}
+    else:
+        assert weights == {file.name for file in base.glob("*.safetensors")}
+    assert {"config.json", "tokenizer.json"} <= hub.files
 
 
 @pytest.mark.parametrize("kind", KINDS)

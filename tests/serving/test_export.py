@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HIDDEN, VOCAB, make_model
-from exports import CASES, FORMS, HEADS, IN_BACKBONE, edit_json, exported, trained
+from exports import CASES, FORMS, HEADS, IN_MODEL_FILES, edit_json, exported, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from training_outputs import write_run
+from training_outputs import as_torch_files, write_run
 from transformers import AutoModelForCausalLM
 
 from axolotl_medusa.model.sources import find_source
 from axolotl_medusa.model.tensor_files import TensorFiles
 from axolotl_medusa.serving import export as export_module
 from axolotl_medusa.serving.export import export
+from axolotl_medusa.serving.import_heads import import_heads
 
 LISTINGS = Path(__file__).parents[1] / "data" / "export_listings"
 LORA = {"targets": "all-linear"}
@@ -117,7 +118,7 @@ def test_export_of_half_heads_keeps_their_type(target, dtype, tmp_path):
 # Medusa-2
 
 
-@pytest.mark.parametrize("target", [target for target in FORMS if target not in IN_BACKBONE])
+@pytest.mark.parametrize("target", [target for target in FORMS if target not in IN_MODEL_FILES])
 @pytest.mark.parametrize("adapter", [None, LORA, LORA_ON_HEAD], ids=["full", "lora", "lora-on-lm_head"])
 def test_merged_model_lies_beside_the_heads_and_has_their_lm_head(adapter, target, tmp_path):
     source = trained(tmp_path, "medusa-2", num_heads=HEADS.get(target, 3), adapter=adapter)
@@ -141,7 +142,7 @@ def test_merged_model_lies_beside_the_heads_and_has_their_lm_head(adapter, targe
         )  # peft's all-linear spares lm_head
 
 
-@pytest.mark.parametrize("target", sorted(IN_BACKBONE))
+@pytest.mark.parametrize("target", sorted(IN_MODEL_FILES))
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 def test_heads_inside_the_model_come_with_the_trained_one(adapter, target, tmp_path):
     source = trained(tmp_path, "medusa-2", adapter=adapter)
@@ -193,7 +194,7 @@ def test_what_the_target_cannot_express_is_refused(tmp_path):
     refused(source, "sglang", tmp_path / "out", "found the target sglang, expected one of vllm, tgi")
 
 
-@pytest.mark.parametrize("target", [target for target in FORMS if target not in IN_BACKBONE | {"lorax"}])
+@pytest.mark.parametrize("target", [target for target in FORMS if target not in IN_MODEL_FILES | {"lorax"}])
 def test_adapter_that_the_server_would_not_apply_is_refused(target, tmp_path):
     source = trained(tmp_path, "medusa-2", num_heads=HEADS.get(target, 3), adapter=LORA)
     refused(source, target, tmp_path / "out", f"{target} does not serve both; add --model merged")
@@ -317,6 +318,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from axolotl_medusa.serving.export import export
+from axolotl_medusa.serving.import_heads import import_heads
 from axolotl_medusa.model.sources import find_source
 
 def memory(key):
@@ -345,3 +347,61 @@ def test_peak_memory_of_a_verified_export_is_a_few_tensors(target, tmp_path):
     assert result.returncode == 0, result.stderr
     output_layer = vocab_size * HIDDEN * 4
     assert int(result.stdout) < 4 * output_layer
+
+
+def test_secrets_that_earlier_heads_hold_are_in_no_file_of_an_export(tmp_path):
+    """Directories from before `heads_meta` left them out; the data's name is in the card."""
+    source = trained(tmp_path)
+    edit_json(
+        source.heads_dir / "medusa_meta.json",
+        yaml={"hub_token": "sec-ret", "datasets": [{"path": "https://me:sec-ret@host/data"}]},
+    )
+    export(find_source(tmp_path / "run"), "vllm", tmp_path / "out")
+    import_heads(source.heads_dir, tmp_path / "back")
+    files = [path for out in ("out", "back") for path in (tmp_path / out).rglob("*") if path.is_file()]
+    assert files and not [file for file in files if b"sec-ret" in file.read_bytes()]
+    assert "`https://***@host/data`" in (tmp_path / "out" / "README.md").read_text()
+
+
+# Models that are stored as torch files alone
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("where", ["local", "hub"])
+@pytest.mark.parametrize("target", ["vllm", "tensorrt-llm", "rtp-llm"])
+def test_model_of_torch_files_is_exported_as_one_of_safetensors(target, where, num_shards, tmp_path, monkeypatch):
+    source = trained(tmp_path)
+    export(source, target, tmp_path / "expected")
+    as_torch_files(tmp_path / "base", num_shards)
+    if where == "hub":
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "base"))
+        source = find_source(tmp_path / "run", "org/model")
+    export(source, target, tmp_path / "out")
+    expected, found = TensorFiles.open(tmp_path / "expected"), TensorFiles.open(tmp_path / "out")
+    surplus = {"model.layers.0.self_attn.rotary_emb.inv_freq"} if target in IN_MODEL_FILES else set()
+    assert set(found) == set(expected) | surplus
+    assert all(torch.equal(found.load(name), expected.load(name)) for name in expected)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_adapter_on_a_model_of_torch_files_is_merged(num_shards, tmp_path):
+    source = trained(tmp_path, "medusa-2", adapter=LORA_ON_HEAD)
+    export(source, "vllm", tmp_path / "expected", model="merged")
+    as_torch_files(tmp_path / "base", num_shards)
+    adapter = tmp_path / "run" / "adapter_model.safetensors"
+    torch.save(load_file(adapter), adapter.with_suffix(".bin"))
+    adapter.unlink()
+    export(source, "vllm", tmp_path / "out", model="merged")
+    expected, found = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / out / "merged_model") for out in ("expected", "out")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
+
+
+def test_full_model_of_torch_files_is_exported(tmp_path):
+    trained(tmp_path, "medusa-2")
+    as_torch_files(tmp_path / "run", 2)
+    source = find_source(tmp_path / "run")
+    assert source.model_kind == "full"
+    export(source, "vllm", tmp_path / "out", model="merged")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged_model")

@@ -235,7 +235,13 @@ def test_served_config_and_files_have_nothing_of_medusa(tmp_path):
     (base / "config.json").write_text(json.dumps({**config, **medusa}))
     assert served_config(source) == config
     (base / "generation_config.json").write_text('{"eos_token_id": 2}')
-    (base / "modeling_own.py").write_text("")
+    auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (base / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    (base / "modeling_own.py").write_text("from .layers_own import Own")
+    for name in ("layers_own.py", "train.py", "tokenizer_of_mine.py"):
+        (base / name).write_text("")
+    for file in [*(tmp_path / "out").rglob("tokenizer*"), *(tmp_path / "out").rglob("chat_template*")]:
+        file.unlink()  # so that the base model's are taken
     (tmp_path / "copy").mkdir()
     copy_generation_config(source, tmp_path / "copy")
     copy_tokenizer(source, tmp_path / "copy")
@@ -243,6 +249,7 @@ def test_served_config_and_files_have_nothing_of_medusa(tmp_path):
     assert names == {
         "generation_config.json",
         "modeling_own.py",
+        "layers_own.py",
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",

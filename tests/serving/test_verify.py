@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from conftest import VOCAB
-from exports import CASES, FORMS, HEADS, IN_BACKBONE, edit_json, exported
+from exports import CASES, FORMS, HEADS, IN_MODEL_FILES, edit_json, exported
 from safetensors.torch import load_file, save_file
 
 from axolotl_medusa.serving.served_model import lm_head
@@ -231,7 +231,7 @@ def test_missing_or_damaged_files_are_found(target, tmp_path):
         verify(source, target, out)
 
 
-@pytest.mark.parametrize("target", sorted(IN_BACKBONE))
+@pytest.mark.parametrize("target", sorted(IN_MODEL_FILES))
 def test_heads_inside_a_sharded_model_are_read_through_its_index(target, tmp_path):
     source, out = exported(tmp_path, target)
     file = out / "model.safetensors"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from axolotl_medusa.decoding.load_target import OwnCodeError, explained_code
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.sources import find_source
@@ -30,6 +31,7 @@ def load_decoder(
     dtype: str = "auto",
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[MedusaModel, Any]:
     """Loads a model with its heads, on the GPU if there is one, and the tokenizer.
 
@@ -39,22 +41,28 @@ def load_decoder(
         dtype: One of `DTYPES`; of a quantized model what is not quantized.
         load_in_8bit: Whether bitsandbytes holds the model in 8-bit, without its outlier threshold.
         load_in_4bit: Whether bitsandbytes holds the model in 4-bit (NF4).
+        trust_remote_code: Whether code that the model or its tokenizer brings is run.
 
     Raises:
         ValueError: There are no heads, model or tokenizer, they do not belong together, or both options are set.
         RuntimeError: bitsandbytes is missing.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     device = "cuda" if torch.cuda.is_available() else None
     if load_in_8bit or load_in_4bit:
         options["quantization_config"] = _quantization(load_in_8bit, load_in_4bit)
         options["device_map"], device = device and {"": 0}, None
-    tokenizer = load_tokenizer(heads, base_model)
+    tokenizer = load_tokenizer(heads, base_model, trust_remote_code=trust_remote_code)
     return MedusaModel.from_pretrained(heads, base_model, DTYPES[dtype], device, **options), tokenizer
 
 
-def load_tokenizer(heads: str | Path, base_model: str | None = None) -> Any:
+def load_tokenizer(heads: str | Path, base_model: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """Loads the tokenizer that lies beside the heads, the run or the model.
+
+    Args:
+        heads: A canonical directory, an output_dir or a checkpoint.
+        base_model: Directory or Hub name of the base model; by default what training wrote down.
+        trust_remote_code: Whether code that it or the model brings is run.
 
     Raises:
         ValueError: There is none, or it cannot be loaded.
@@ -66,14 +74,25 @@ def load_tokenizer(heads: str | Path, base_model: str | None = None) -> Any:
     directory = files[0].parent if files else source.model_dir()
     try:
         # The heads' own config.json says nothing about the tokenizer, and makes transformers warn.
-        config = AutoConfig.from_pretrained(source.model_dir())
-        return AutoTokenizer.from_pretrained(directory, config=config)
+        with explained_code(source.model_dir()):
+            config = AutoConfig.from_pretrained(source.model_dir(), trust_remote_code=trust_remote_code)
+        with explained_code(directory):
+            return AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=trust_remote_code)
+    except OwnCodeError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = first_line(error)
         raise ValueError(f"{directory} has no tokenizer that can be loaded: {reason}") from error
 
 
-def load_original(heads: str | Path, base_model: str | None, original: str | None, device: torch.device) -> Any | None:
+def load_original(
+    heads: str | Path,
+    base_model: str | None,
+    original: str | None,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
+) -> Any | None:
     """Loads the model that Medusa-2 started from.
 
     Args:
@@ -81,6 +100,7 @@ def load_original(heads: str | Path, base_model: str | None, original: str | Non
         base_model: What the command was given as base model.
         original: Directory or Hub name of the original; by default what training wrote down.
         device: Where to put it.
+        trust_remote_code: Whether code that it brings is run.
 
     Returns:
         The model; None where it is the trained one with its adapter switched off.
@@ -97,8 +117,10 @@ def load_original(heads: str | Path, base_model: str | None, original: str | Non
         original = source.config.get("base_model_name_or_path")
     if original is None:
         raise ValueError(f"{source.heads_dir} does not say which model training started from: name it with --original")
+    options = {"dtype": "auto", "trust_remote_code": trust_remote_code}
     try:
-        return AutoModelForCausalLM.from_pretrained(original, dtype="auto").to(device).eval()
+        with explained_code(original):
+            return AutoModelForCausalLM.from_pretrained(original, **options).to(device).eval()
     except (OSError, KeyError) as error:
         reason = first_line(error)
         raise ValueError(

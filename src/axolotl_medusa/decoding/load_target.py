@@ -6,7 +6,9 @@ decoding.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def load_target(
         base_model: The base model as the heads need it, or its directory or Hub name; by default what training wrote.
         dtype: Type to load the model in, `auto` for the one it is stored in.
         device: Where to put it.
-        **load_options: Given to transformers' `from_pretrained`.
+        **load_options: Given to transformers' `from_pretrained`; without `trust_remote_code=True` no code of a model is run.
 
     Raises:
         ValueError: There are no heads or no model, or the heads belong to another model.
@@ -110,8 +112,10 @@ def _load(
 ) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    load_options.setdefault("trust_remote_code", False)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **load_options)
+        with explained_code(directory):
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **load_options)
     except (OSError, KeyError) as error:
         reason = first_line(error)
         raise ValueError(f"{directory} cannot be loaded as a causal language model: {reason}") from error
@@ -122,6 +126,28 @@ def _load(
             raise RuntimeError(f"{source.adapter_dir} is an adapter, which needs peft: pip install peft") from error
         model = PeftModel.from_pretrained(model, source.adapter_dir)
     return model if device is None else model.to(device)
+
+
+class OwnCodeError(ValueError):
+    """A model brings code, and nobody said that it may be run."""
+
+
+@contextlib.contextmanager
+def explained_code(model: str | Path) -> Iterator[None]:
+    """Says in one line what to do about a model that cannot be loaded without the code that it brings.
+
+    Raises:
+        OwnCodeError: transformers refused to run it.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise OwnCodeError(
+            f"{model} brings code of its own, which is run only if you say so: read it, then add --trust-remote-code (in Python "
+            "trust_remote_code=True)"
+        ) from error
 
 
 def _text(path: str | Path | None) -> str | None:

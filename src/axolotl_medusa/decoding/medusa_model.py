@@ -72,7 +72,8 @@ class MedusaModel:
             base_model: The base model, or its directory or Hub name; by default what training wrote down.
             dtype: Type to load the model in, `auto` for the one it is stored in.
             device: Where to put it; by default where transformers puts it.
-            **load_options: Given to transformers' `from_pretrained`, e.g. `quantization_config` or `device_map`.
+            **load_options: Given to transformers' `from_pretrained`, e.g. `quantization_config`, `device_map`, or
+                `trust_remote_code=True`, without which no code of a model is run.
 
         Raises:
             ValueError: There are no heads or no model, or the heads belong to another model.

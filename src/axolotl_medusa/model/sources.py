@@ -6,11 +6,13 @@ never a tensor. What the model's weights are is `serving.served_model`'s to say.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from axolotl_medusa.model.checkpoints import checkpoints
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE
 from axolotl_medusa.model.heads import HeadForm
 from axolotl_medusa.model.heads_directory import open_heads
@@ -30,6 +32,8 @@ _TOKENIZER_FILES = (
     "chat_template.*",
 )
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")
+_TORCH_WEIGHTS = "pytorch_model*.bin"
+"""Downloaded only where a model has no safetensors: many have both."""
 
 
 class NoHeadsError(ValueError):
@@ -92,27 +96,38 @@ class Source:
             raise ValueError(
                 f"{self.heads_dir / CONFIG_FILE} names no base_model_name_or_path: name the base model with --base-model"
             )
-        if (path := Path(self.base_model).expanduser()).is_dir():
-            return path
+        path = Path(self.base_model).expanduser()
+        return path if path.is_dir() else self._downloaded
+
+    @functools.cached_property
+    def _downloaded(self) -> Path:
+        """The base model's files from the Hub, its weights in one form; looked up once."""
         from huggingface_hub import snapshot_download
 
         revision = self.meta.get("yaml", {}).get("revision_of_model")
+        directory = Path()
         try:
-            return Path(snapshot_download(self.base_model, revision=revision, allow_patterns=list(_DOWNLOADED)))
+            for patterns in (_DOWNLOADED, (*_DOWNLOADED, _TORCH_WEIGHTS)):
+                directory = Path(
+                    snapshot_download(str(self.base_model), revision=revision, allow_patterns=list(patterns))
+                )
+                if any(directory.glob("*.safetensors")):
+                    break
         except (OSError, ValueError) as error:  # offline, unknown, gated, or a path of another machine
             raise ValueError(
                 f"base model {self.base_model} is neither a directory here nor can it be downloaded "
                 f"({type(error).__name__}): name its directory with --base-model"
             ) from error
+        return directory
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files: those beside the heads, else of the run, else of a model that is on this disk."""
         base = Path(self.base_model).expanduser() if self.base_model else None
         for directory in (self.heads_dir, self.output_dir, self.full_model_dir, base):
             if directory is not None and directory.is_dir():
-                found = {path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
-                if found:
-                    return sorted(found)
+                named = {path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
+                if found := sorted(path for path in named if path.suffix != ".py"):
+                    return found
         return []
 
 
@@ -160,10 +175,9 @@ def _directories(path: Path) -> tuple[Path, Path | None]:
         return path, None
     if not path.is_dir():
         raise NoHeadsError(f"{path} is not a directory: expected an output_dir, a checkpoint in it, or a medusa_heads")
-    checkpoints = sorted(path.glob(f"checkpoint-*/{HEADS_FOLDER}"), key=lambda heads: heads.stat().st_mtime)
-    if checkpoints:
+    if found := checkpoints(path, HEADS_FOLDER):
         raise ValueError(
-            f"{path} has no {HEADS_FOLDER}: training did not reach its end; give a checkpoint, e.g. {checkpoints[-1].parent}"
+            f"{path} has no {HEADS_FOLDER}: training did not reach its end; give a checkpoint, e.g. {found[-1]}"
         )
     raise NoHeadsError(
         f"{path} has neither {HEADS_FOLDER} nor {HEADS_FILE} with {CONFIG_FILE}: expected what training wrote; "

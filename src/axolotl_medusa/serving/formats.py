@@ -54,7 +54,7 @@ class Target:
         separate: Whether heads can have output layers of their own.
         max_layers: Most blocks per head, None for any number.
         num_heads: The only number of heads that is read, None for any.
-        model_types: Backbones that the consumer has, None for any.
+        model_types: The `model_type`s that the consumer has, None for any.
         adapters: Whether the consumer serves heads together with a LoRA adapter.
     """
 

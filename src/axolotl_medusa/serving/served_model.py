@@ -14,6 +14,7 @@ from axolotl_medusa.model.sources import Source
 from axolotl_medusa.model.stored_embeddings import StoredEmbeddings, module_of, stored_embeddings, text_config
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, read_json
 from axolotl_medusa.serving.lora import HOW_ELSE, Change, changed, read_adapter
+from axolotl_medusa.serving.model_code import model_code
 
 _CONV1D = {
     "gpt2": ("c_attn", "c_fc", "c_proj", "q_attn"),
@@ -76,10 +77,12 @@ def copy_tokenizer(source: Source, directory: Path) -> None:
 
 
 def copy_generation_config(source: Source, directory: Path) -> None:
-    """Copies the model's `generation_config.json`, and the code of a model that brings its own, where there are any."""
+    """Copies the model's `generation_config.json`, and the code that its configurations name, where there are any."""
     origin = source.model_dir()
-    for file in [*origin.glob("generation_config.json"), *origin.glob("*.py")]:
-        shutil.copyfile(file, directory / file.name)
+    files = [path.relative_to(origin) for path in origin.glob("generation_config.json")] + model_code(origin)
+    for file in files:
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(origin / file, directory / file)
 
 
 def _served(source: Source) -> _Served:
