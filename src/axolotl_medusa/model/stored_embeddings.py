@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from axolotl_medusa.model.file_names import CONFIG_FILE
-from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, read_json
+from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
 
 _HEAD_OF = {
     "embed_tokens": "lm_head",

@@ -18,7 +18,8 @@ from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, 
 from axolotl_medusa.model.heads import HeadForm, MedusaHeads
 from axolotl_medusa.model.heads_directory import HeadsFile, heads_config, verify_heads
 from axolotl_medusa.model.sources import Source
-from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, read_json, write_json, write_tensors
+from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, write_json, write_tensors
 from axolotl_medusa.serving.formats import OUTPUT_LAYER, TORCH_HEADS_FILE, HeadTensor, parse
 from axolotl_medusa.serving.served_model import lm_head
 

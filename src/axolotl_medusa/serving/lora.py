@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE
-from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, read_json
+from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
 
 _PEFT_PREFIX = "base_model.model."
 _LORA_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<matrix>[AB])(\.weight)?")
