@@ -41,6 +41,8 @@ STAYS_LIGHT = {
     "measuring.training_plots",
     "measuring.tree_search",
     "model.file_names",
+    "model.inside",
+    "model.json_files",
     "processor",
     "serving.formats",
     "serving.model_card",

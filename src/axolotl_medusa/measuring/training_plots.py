@@ -5,13 +5,14 @@ Contract: reads the trainer_state.json that training leaves in a checkpoint, and
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
 from axolotl_medusa.measuring.plots import check_matplotlib, save_plot
+from axolotl_medusa.model.json_files import read_json
 
 TRAINING_PLOTS = {
     "training_loss.png": (r"base_loss|medusa\d+_loss", "loss"),
@@ -21,6 +22,8 @@ TRAINING_PLOTS = {
 """Files, the metrics that each shows, and what its axis is called; `eval_` before a name is the evaluation's."""
 
 _STATE = "trainer_state.json"
+_LARGEST = 1e30
+"""Values beyond, infinity among them, cannot be drawn."""
 
 
 def write_training_plots(output_dir: str | Path, directory: str | Path) -> list[Path]:
@@ -81,10 +84,17 @@ def _step_of(state: Path) -> int:
 
 def _log_history(state: Path) -> Sequence[Mapping[str, Any]]:
     try:
-        history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+        history = read_json(state)["log_history"]
+        if not isinstance(history, list):
+            raise TypeError(f"log_history is {shorten(history)}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{state} is not what a Trainer writes ({type(error).__name__}: {error})") from error
-    return [entry for entry in history if "step" in entry]
+    return [entry for entry in history if isinstance(entry, dict) and _is_number(entry.get("step"))]
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value can be drawn; NaN can, a picture leaves it out."""
+    return isinstance(value, int | float) and not abs(value) > _LARGEST
 
 
 def _series(history: Sequence[Mapping[str, Any]], pattern: str) -> dict[str, list[tuple[int, float]]]:
@@ -92,6 +102,6 @@ def _series(history: Sequence[Mapping[str, Any]], pattern: str) -> dict[str, lis
     found: dict[str, list[tuple[int, float]]] = {}
     for entry in history:
         for name, value in entry.items():
-            if re.fullmatch(f"(eval_)?({pattern})", name) and isinstance(value, int | float):
+            if re.fullmatch(f"(eval_)?({pattern})", name) and _is_number(value):
                 found.setdefault(name, []).append((entry["step"], value))
     return dict(sorted(found.items()))

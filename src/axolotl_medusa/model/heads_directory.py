@@ -268,7 +268,9 @@ def _verify_numbers(file: HeadsFile, where: str) -> None:
         )
     whole = next((name for name, tensor in file.tensors.items() if not tensor.is_floating_point()), None)
     if whole is not None:
-        raise ValueError(f"{where}/{HEADS_FILE}: {whole} is {file.tensors[whole].dtype}, expected floating-point numbers")
+        raise ValueError(
+            f"{where}/{HEADS_FILE}: {whole} is {file.tensors[whole].dtype}, expected floating-point numbers"
+        )
 
 
 def without_heads(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

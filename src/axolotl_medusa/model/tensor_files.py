@@ -291,8 +291,9 @@ def _torch_file(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} holds a {type(content).__name__}, expected a dictionary of tensors (a state dict)")
     for name, value in content.items():
         if not _is_name(name) or not isinstance(value, Tensor):
+            shown = ascii(name)[:_LONGEST_NAME]
             raise ValueError(
-                f"{file} holds a {type(value).__name__} under {ascii(name)[:_LONGEST_NAME]}, expected tensors by name; save its state dict alone"
+                f"{file} holds a {type(value).__name__} under {shown}, expected tensors by name; save its state dict alone"
             )
     return dict(content)
 

@@ -11,7 +11,7 @@ import pickletools
 import struct
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -94,7 +94,7 @@ def _check_pickles(file: Path, size: int) -> None:
                     _check_pickle(stream)
 
 
-def _check_pickle(stream: BinaryIO | zipfile.ZipExtFile) -> None:
+def _check_pickle(stream: IO[bytes]) -> None:
     """Reads a pickle's operations without doing any of them."""
     begin, memory = stream.tell(), 0
     for operation, argument, place in pickletools.genops(stream):

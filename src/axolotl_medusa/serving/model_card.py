@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from axolotl_medusa.model.json_files import read_json
+
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _RTP_MODEL_TYPES = {"qwen2": "qwen_2", "qwen3": "qwen_3"}
 """Model types that rtp-llm spells otherwise than transformers."""
@@ -21,6 +23,8 @@ _RECIPES = {
     "medusa-1": "Medusa-1: the heads were trained on the frozen base model",
     "medusa-2": "Medusa-2: the heads were trained together with the model",
 }
+_LARGEST_METRIC = 1e15
+"""Anything beyond, and what is no number, was not measured."""
 _SERVED = {
     "base": "the base model as it is",
     "adapter": "the base model with the LoRA adapter that was trained with the heads",
@@ -116,10 +120,12 @@ def measured_in_training(output_dir: Path | None) -> dict[str, float]:
         files = sorted(output_dir.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
     if not files:
         return {}
-    history = json.loads(files[-1].read_text(encoding="utf-8")).get("log_history", [])
-    evaluations = [entry for entry in history if any(key.startswith("eval_medusa") for key in entry)]
+    history = read_json(files[-1]).get("log_history")
+    entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    evaluations = [entry for entry in entries if any(key.startswith("eval_medusa") for key in entry)]
     last = evaluations[-1] if evaluations else {}
-    return {key.removeprefix("eval_"): value for key, value in last.items() if key == "step" or "medusa" in key}
+    wanted = {key.removeprefix("eval_"): value for key, value in last.items() if key == "step" or "medusa" in key}
+    return {key: value for key, value in wanted.items() if type(value) in (int, float) and abs(value) < _LARGEST_METRIC}
 
 
 def model_card(
@@ -143,8 +149,10 @@ def model_card(
         serve: The command that serves the export.
         measured: Metrics by the trainer's names, as `measured_in_training` gives them.
     """
-    yaml = meta.get("yaml", {})
-    data = [str(entry["path"]) for entry in yaml.get("datasets") or [] if entry.get("path")]
+    yaml = meta.get("yaml")
+    entries = yaml.get("datasets") if isinstance(yaml, Mapping) else None
+    entries = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+    data = [" ".join(str(entry["path"]).split()) for entry in entries if entry.get("path")]
     name = "a language model" if base_model is None else Path(base_model).name
     facts = "\n".join(f"| {key} | {value} |" for key, value in _facts(config, meta, base_model, model, data))
     return f"""{_metadata(base_model, data)}
@@ -198,7 +206,7 @@ def _facts(
         f"{config['medusa_num_heads']}, each of {layers} residual block{'s' * (layers > 1)}, with {output_layer}",
     )
     yield "trained on", ", ".join(f"`{name}`" for name in data) or "unknown"
-    if versions := meta.get("versions"):
+    if isinstance(versions := meta.get("versions"), Mapping):
         yield "trained with", ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     if commit := meta.get("git_commit"):
         yield "commit of axolotl-medusa", f"`{commit}`"
@@ -206,7 +214,7 @@ def _facts(
 
 def _measured(measured: Mapping[str, float]) -> str:
     accuracies = {
-        int(match[1]): value for key, value in measured.items() if (match := re.fullmatch(r"medusa(\d+)_top1", key))
+        int(match[1]): value for key, value in measured.items() if (match := re.fullmatch(r"medusa(\d{1,3})_top1", key))
     }
     length = measured.get("medusa_acceptance_length")
     if not accuracies and length is None:
