@@ -44,6 +44,11 @@ class Settings:
     common_keys: bool = field(metadata=flag("leave out keys that not all rows have", False, action="store_true"))
     overwrite: bool = field(metadata=flag("replace an output that is there already", False, action="store_true"))
 
+    @property
+    def report_path(self) -> Path:
+        """File of the counts."""
+        return Path(f"{self.output_path}.report.json")
+
 
 @dataclass
 class Counts:
@@ -207,7 +212,7 @@ def combine(settings: Settings) -> int:
         InputError: If the flags, the files or a row cannot be used, rows do not go together, or none is left.
     """
     wanted = parse_samples(settings.sample, settings.data_path)
-    check_paths(settings.data_path, [settings.output_path], settings.overwrite)
+    check_paths(settings.data_path, [settings.output_path, settings.report_path], settings.overwrite)
     plan = Plan(settings)
     inputs = [plan.add_file(source, wanted.get(path)) for source, path in enumerate(settings.data_path)]
     if not plan.offsets:
@@ -225,7 +230,7 @@ def combine(settings: Settings) -> int:
         "seed": settings.seed,
         "keys": sorted(plan.kinds.keys),
     }
-    write_whole(Path(f"{settings.output_path}.report.json"), [json.dumps(report, indent=2).encode() + b"\n"])
+    write_whole(settings.report_path, [json.dumps(report, indent=2).encode() + b"\n"])
     for counts in (*inputs, total):
         print(counts.summary())
     return 0

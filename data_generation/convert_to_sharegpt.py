@@ -17,7 +17,7 @@ from parts.chat_template import ChatTemplate
 from parts.command_line import flag, parse_flags, speaker
 from parts.conversation_rows import dump_row, format_turns
 from parts.file_command import check_paths, run_command, write_whole
-from parts.json_lines import JsonLines
+from parts.json_lines import JsonLines, draft_path
 from parts.prompt_files import InputError, Turn, parse_id, parse_json
 from parts.raw_rows import ARCHIVES, read_array, read_lines
 from parts.turn_reader import SplitText
@@ -124,7 +124,7 @@ class Conversion:
         """Starts with no rows."""
         self.settings, self.template = settings, template
         self.counts = Counts()
-        self.failures = JsonLines(settings.failed_path, "reason")
+        self.failures = JsonLines(draft_path(settings.failed_path), "reason")
 
     def lines(self) -> Iterator[bytes]:
         """Streams the converted rows as lines, counts all, and writes down the unreadable ones."""
@@ -166,15 +166,20 @@ def convert(settings: Settings) -> int:
     Raises:
         InputError: If the flags, the files or the tokenizer cannot be used, or there are no rows.
     """
-    check_paths([settings.data_path], [settings.output_path], settings.overwrite)
+    check_paths([settings.data_path], [settings.output_path, settings.failed_path], settings.overwrite)
     template = ChatTemplate.load(settings.tokenizer)
     template.split_turns("")  # shows a template that cannot be read before any file is touched
-    settings.failed_path.unlink(missing_ok=True)
     conversion = Conversion(settings, template)
+    failures = conversion.failures
+    failures.path.unlink(missing_ok=True)
     try:
         write_whole(settings.output_path, conversion.lines())
+        settings.failed_path.unlink(missing_ok=True)
+        if failures.path.exists():
+            failures.path.replace(settings.failed_path)
     finally:
-        conversion.failures.close()
+        failures.close()
+        failures.path.unlink(missing_ok=True)
     print(conversion.counts.summary())
     if conversion.counts.unreadable:
         say(f"{conversion.counts.unreadable} rows could not be read; {settings.failed_path} says why")

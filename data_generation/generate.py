@@ -31,6 +31,7 @@ from parts.conversations import (
     write_from_scratch,
 )
 from parts.prompt_files import InputError, Row, check_rows, id_key, read_rows
+from parts.secrets import without_secrets
 from parts.server_pool import ServerPool, Stopped
 
 DEFAULT_SERVER = "http://127.0.0.1:8000/v1"
@@ -262,7 +263,12 @@ class Run:
                 raise
 
     def report(self, pool: ServerPool) -> dict[str, Any]:
-        """Returns the counts and what they were made with."""
+        """Returns the counts and what they were made with, without credentials."""
+        servers: dict[str, dict[str, int]] = {}
+        for member in pool.members:  # two of them may differ in their credentials alone
+            counts = servers.setdefault(without_secrets(member.server.url), {"answers": 0, "failures": 0})
+            counts["answers"] += member.answers
+            counts["failures"] += member.failures
         return {
             **asdict(self.counts),
             "skipped": self.counts.skipped,
@@ -270,10 +276,8 @@ class Run:
             "retries": pool.retries,
             "wall_s": round(self.wall_s(), 3),
             "model": pool.name,
-            "servers": {
-                member.server.url: {"answers": member.answers, "failures": member.failures} for member in pool.members
-            },
-            "data": self.settings.data_path or f"from scratch, {self.settings.from_scratch}",
+            "servers": servers,
+            "data": without_secrets(self.settings.data_path or f"from scratch, {self.settings.from_scratch}"),
             "recipe": {name.name: getattr(self.recipe, name.name) for name in fields(Recipe)},
         }
 

@@ -23,6 +23,8 @@ from typing import Any
 from benchmarks.machine import description
 from demo.model_server import ENVIRONMENT, VLLM_PYTHON, ServerStartError, half_precision, server, spec_decode_counters
 
+from axolotl_medusa.model.checkpoints import checkpoints
+
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".demo"
 MODEL = WORK / "smollm2"
@@ -132,8 +134,8 @@ def stage_train(_: argparse.Namespace) -> dict[str, Any]:
     run(command, WORK / "logs" / "train.log")
     if not (HEADS / "medusa_lm_head.safetensors").is_file():
         raise StageError(f"training ended well but left no heads in {HEADS}")
-    states = sorted(OUT.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    history = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
+    last = checkpoints(OUT, "trainer_state.json")[-1]
+    history = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     evaluations = [entry for entry in history if "eval_medusa_acceptance_length" in entry]
     return {"before": evaluations[0], "after": evaluations[-1], "steps": history[-1]["step"]}
 

@@ -95,6 +95,15 @@ def test_error_is_one_line_and_status_1(command, error, monkeypatch, capsys):
     assert captured.out == ""
 
 
+def test_error_line_says_no_credentials(monkeypatch, capsys):
+    def fail(_):
+        raise OSError("cannot reach https://me:pass@host/x?token=abc")
+
+    monkeypatch.setitem(COMMANDS, "push", COMMANDS["push"]._replace(run=fail))
+    assert main(["push", *USAGE["push"]]) == 1
+    assert capsys.readouterr().err == "axolotl-medusa push: error: cannot reach https://***@host/x?token=***\n"
+
+
 def test_error_without_words_is_named(monkeypatch, capsys):
     def fail(_):
         raise PermissionError

@@ -1,6 +1,6 @@
 """One OpenAI-compatible server: which model it has, what it understands, and its whole answers.
 
-Asks once for each call; server_pool.py decides about trying again. Knows nothing about files. The API key is never
+Asks once for each call; server_pool.py decides about trying again. Knows nothing about files. No credentials are ever
 part of an error's text.
 """
 
@@ -15,6 +15,8 @@ from reprlib import repr as shorten
 from typing import Any
 
 import aiohttp
+
+from parts.secrets import HIDDEN, split_credentials, without_secrets
 
 RETRIED_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})
 BROKEN_OFF = frozenset({"abort", "content_filter", "error"})  # finish reasons of an answer that is not whole
@@ -106,15 +108,17 @@ class ChatServer:
 
         Args:
             session: Connections, shared by the pool.
-            url: Base URL, such as http://127.0.0.1:8000/v1.
+            url: Base URL, such as http://127.0.0.1:8000/v1; a user and password in it are sent, and are no part of `url`.
             model: Name of the model to ask for; None for the only one that the server lists.
-            api_key: Sent as a bearer token unless empty.
+            api_key: Sent as a bearer token unless empty, or unless the URL has a user and password.
         """
-        self.session, self.url, self.api_key = session, url.rstrip("/"), api_key
+        url, credentials = split_credentials(url)
+        self.session, self.url = session, url.rstrip("/")
+        self.secrets = [*credentials, *filter(None, [api_key])]
         self.wanted_model, self.model, self.model_root = model, model or "", ""
         self.headers = {"Content-Type": "application/json"}
-        if api_key:
-            self.headers["Authorization"] = f"Bearer {api_key}"
+        if self.secrets:
+            self.headers["Authorization"] = f"Basic {credentials[0]}" if credentials else f"Bearer {api_key}"
         self.extra_fields: dict[str, dict[str, Any]] = {CHAT: {}, COMPLETIONS: {}}
 
     async def find_model(self) -> None:
@@ -224,6 +228,8 @@ class ChatServer:
         )
 
     def quote(self, raw: bytes) -> str:
-        """Returns the beginning of a response for a message, without the API key if the server echoes it."""
+        """Returns the beginning of a response for a message, without the credentials if the server echoes them."""
         text = raw.decode(errors="replace")
-        return (text.replace(self.api_key, "***") if self.api_key else text)[:300]
+        for secret in self.secrets:
+            text = text.replace(secret, HIDDEN)
+        return without_secrets(text)[:300]

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
+
+from parts.secrets import without_secrets
 
 Flags = TypeVar("Flags")
 
@@ -46,15 +48,23 @@ def parse_flags(settings: type[Flags], doc: str | None, argv: Sequence[str] | No
         doc: Docstring of the command; its first line is the description that --help shows.
         argv: Arguments without the command's name; None for those of the process.
     """
-    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0], allow_abbrev=False)
+    parser = Parser(description=(doc or "").partition("\n")[0], allow_abbrev=False)
     for setting in fields(settings):  # type: ignore[arg-type]
         spellings = dict.fromkeys([f"--{setting.name}", f"--{setting.name.replace('_', '-')}"])
         parser.add_argument(*spellings, dest=setting.name, **setting.metadata)
     return settings(**vars(parser.parse_args(argv)))
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors show no credentials: they quote what was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with the usage and one line."""
+        super().error(without_secrets(message))
+
+
 def speaker(script: str) -> Callable[[str], None]:
-    """Returns a function that prints one line to stderr under the command's name, above a progress bar.
+    """Returns a function that prints one line to stderr under the command's name, without credentials, above a progress bar.
 
     Args:
         script: The command's `__file__`.
@@ -62,6 +72,6 @@ def speaker(script: str) -> Callable[[str], None]:
     name = Path(script).name
 
     def say(text: str) -> None:
-        tqdm.write(f"{name}: {text}", file=sys.stderr)
+        tqdm.write(f"{name}: {without_secrets(text)}", file=sys.stderr)
 
     return say

@@ -94,6 +94,7 @@ class OutputFiles:
         self.output_path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock()
+            self._check_report()
             self._read_conversations()
             self.skipped = {id_key(record["id"]) for _, record in self._skips.read()}
             for _ in self._failures.read():
@@ -165,6 +166,18 @@ class OutputFiles:
             if error.errno not in NO_LOCKS:
                 raise
             self.say(f"warning: {self.output_path} cannot be locked ({error}); let no second run write to it")
+
+    def _check_report(self) -> None:
+        """Raises InputError if what would be replaced at the end is no report of a run."""
+        if not self.report_path.exists():
+            return
+        try:
+            report = json.loads(self.report_path.read_bytes())
+        except (ValueError, RecursionError, OSError):
+            report = None
+        if not (isinstance(report, dict) and "succeeded" in report):
+            found = f"{self.report_path}: found a file that is no report of an earlier run"
+            raise InputError(f"{found}, expected one, or none; move it away or choose another output")
 
     def _read_conversations(self) -> None:
         """Collects what is known of the conversations."""

@@ -62,7 +62,7 @@ def _export(options: argparse.Namespace) -> None:
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="DIR", help="heads in the format of FasterDecoding, TGI, LoRAX, vLLM, ...")
     parser.add_argument("--to", required=True, choices=("canonical",), help="canonical: what training writes")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where to write")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; new, empty, or earlier heads")
     parser.add_argument(
         "--base-model", metavar="M", help="directory or Hub name; by default what the heads' config says"
     )
@@ -251,7 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[options.command].run(options)
     except (ValueError, OSError, RuntimeError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        from axolotl_medusa.model.secrets import without_secrets
+
+        message = without_secrets(" ".join(str(error).split())) or type(error).__name__
         print(f"axolotl-medusa {options.command}: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -221,3 +221,15 @@ def test_combine_refuses_files_that_it_cannot_use(files: Files, capsys: pytest.C
     assert files.run([path]) == 2
     assert "there already" in capsys.readouterr().err
     assert files.output.read_text() == "precious"
+
+
+def test_combine_replaces_a_report_only_when_it_may(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    path, report = files.numbered("a.jsonl", range(5)), Path(f"{files.output}.report.json")
+    report.write_text("precious")
+    assert files.run([path]) == 2
+    assert f"found {report} there already" in capsys.readouterr().err
+    assert report.read_text() == "precious" and not files.output.exists()
+    assert files.run([path], "--overwrite") == 0
+    assert files.counts()[-1][1] == 5
+    assert files.run([report]) == 2
+    assert "named twice" in capsys.readouterr().err

@@ -197,3 +197,21 @@ def test_convert_with_what_it_cannot_use_is_one_line_and_writes_nothing(
     files.input = files.directory / "raw.jsonl"
     assert "there already" in refusal()
     assert files.output.read_text() == "precious"
+
+
+def test_convert_replaces_a_file_of_failures_only_when_it_may(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    files.write({"id": "bad", "text": "no turns"}, {"text": ONE_ROUND})
+    files.failed.write_text("precious")
+    assert files.run() == 2
+    assert f"found {files.failed} there already" in capsys.readouterr().err
+    assert files.failed.read_text() == "precious" and not files.output.exists()
+    assert files.run("--overwrite") == 1
+    assert [row["id"] for row in files.rows(files.failed)] == ["bad"]
+    before = files.failed.read_bytes(), files.output.read_bytes()
+    with files.input.open("ab") as lines:
+        lines.write(b"\xff\xfe\n")
+    assert files.run("--overwrite") == 2, "a run that ends in an error leaves both files as they were"
+    assert (files.failed.read_bytes(), files.output.read_bytes()) == before
+    assert {path.name for path in files.directory.iterdir()} == {
+        "raw.jsonl", "tokenizer", "out.jsonl", "out.jsonl.failed.jsonl"
+    }  # fmt: skip

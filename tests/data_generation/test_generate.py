@@ -1,6 +1,7 @@
 """The command data_generation/generate.py: flags, going on, counting, Ctrl-C and errors, against a real HTTP server."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -191,6 +192,21 @@ def test_output_that_is_no_output_is_refused_and_left_alone(
     assert f"{work.output}:1: found" in capsys.readouterr().err
     assert work.output.read_text() == "notes\ntail"
     assert not server.requests
+
+
+@pytest.mark.parametrize("content", ["precious", '{"inputs": [], "total": {}}'], ids=["text", "combine's report"])
+def test_report_that_is_of_no_run_is_refused_and_left_alone(
+    work: Workdir, server: FakeServer, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    work.write({"prompt": "one"})
+    work.report_file.parent.mkdir()
+    work.report_file.write_text(content)
+    assert work.run() == 2
+    assert f"{work.report_file}: found" in capsys.readouterr().err
+    assert work.report_file.read_text() == content
+    assert not server.requests
+    work.report_file.unlink()
+    assert work.run() == work.run() == 0
 
 
 def test_input_as_output_is_refused(work: Workdir, server: FakeServer) -> None:
@@ -490,3 +506,81 @@ def test_readme_names_every_flag_with_its_default() -> None:
             assert float(written) == default
         elif default is not None and not isinstance(default, Path):
             assert written == str(default)
+
+
+# ---- credentials ----
+
+
+def everything_written(work: Workdir) -> str:
+    return "".join(path.read_text() for path in work.output.parent.iterdir())
+
+
+@pytest.mark.parametrize("key", ["", "key-of-the-environment"])
+def test_credentials_of_a_server_are_sent_and_are_in_no_file_and_no_line(
+    work: Workdir, server: FakeServer, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    basic = "bWU6c2VjLXJldA=="  # me:sec-ret
+    work.url = server.url.replace("://", "://me:sec-ret@")
+    work.write({"id": "a", "prompt": "one"}, {"id": "b", "prompt": "two"}, {"id": "c", "prompt": "three"})
+    server.faults = {"one": [fault(400, f"no: me:sec-ret Basic {basic}")], "two": [DROP, fault(200, "sec-ret")]}
+    assert work.run("--num_threads", "1", "--max_retries", "1") == 1
+    assert set(server.authorizations) == {f"Basic {basic}"}
+    assert list(work.report()["servers"]) == [server.url]
+    shown = everything_written(work) + "".join(capfd.readouterr())
+    assert "sec-ret" not in shown and basic not in shown
+    assert work.failures() == {
+        "a": "HTTP 400: no: me:*** Basic ***",
+        "b": "found '***', expected a completion (tries: 2)",
+    }
+
+
+def test_one_server_under_two_names_is_counted_once_in_the_report(work: Workdir, server: FakeServer) -> None:
+    work.write(*({"prompt": f"p{index}"} for index in range(6)))
+    named = [server.url.replace("://", f"://user{number}:pass@") for number in (1, 2)]
+    assert work.run("--server", named[0], "--server", named[1]) == 0
+    assert work.report()["servers"] == {server.url: {"answers": 6, "failures": 0}}
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://me:sec-ret@127.0.0.1:9/v1", "cannot reach http://127.0.0.1:9/v1/models"),
+        ("http://me:sec-ret@[bad/v1", "expected one like http://host:8000/v1"),
+        ("http://127.0.0.1:9/v1?token=sec-ret", "cannot reach http://127.0.0.1:9/v1?token=***"),
+        ("ftp://me:sec-ret@host/v1", "expected one like http://host:8000/v1"),
+    ],
+)
+def test_error_about_a_server_shows_no_credentials(
+    work: Workdir, capfd: pytest.CaptureFixture[str], url: str, message: str
+) -> None:
+    work.write({"id": "a", "prompt": "one"})
+    work.url = url
+    assert work.run() == 2
+    shown = "".join(capfd.readouterr())
+    assert message in shown and "sec-ret" not in shown
+
+
+def test_key_that_was_typed_as_a_flag_is_not_repeated(work: Workdir, capsys: pytest.CaptureFixture[str]) -> None:
+    for typed in (["--api_key", "sec-ret"], ["--api-key=sec-ret"]):
+        with pytest.raises(SystemExit) as error:
+            work.run(*typed)
+        shown = capsys.readouterr().err
+        assert error.value.code == 2 and "unrecognized arguments: --api" in shown and "sec-ret" not in shown
+
+
+def test_data_with_a_token_in_its_address_is_reported_without_it(work: Workdir, server: FakeServer) -> None:
+    work.data = work.data.with_name("x?token=sec-ret&a.jsonl")
+    work.write({"prompt": "one"})
+    assert work.run() == 0
+    assert work.report()["data"] == str(work.data).replace("sec-ret", "***")
+
+
+def test_commands_find_their_own_modules_where_another_package_has_their_name(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "__init__.py").touch()
+    for script in ("generate", "convert_to_sharegpt", "split", "combine"):
+        command = [sys.executable, str(SCRIPT.with_name(f"{script}.py")), "--help"]
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60)
+        assert done.returncode == 0, done.stderr

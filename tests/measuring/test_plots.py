@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from axolotl_medusa.measuring.plots import PLOTS, write_plots
+from axolotl_medusa.measuring.plots import PLOTS, check_plots, write_plots
 
 
 def decoder(speed_up, lengths):
@@ -84,3 +84,18 @@ def test_missing_matplotlib_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match=r"^plots need matplotlib, which is not installed: pip install matplotlib$"):
         write_plots(REPORT, tmp_path / "plots")
     assert not (tmp_path / "plots").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_own_pictures_are_drawn_again_and_a_users_are_not(tmp_path):
+    from matplotlib.figure import Figure
+
+    write_plots(REPORT, tmp_path)
+    write_plots(REPORT, tmp_path)
+    Figure().savefig(tmp_path / PLOTS[1])
+    before = (tmp_path / PLOTS[1]).read_bytes()
+    with pytest.raises(ValueError, match=rf"{PLOTS[1]} is there already and was not drawn by axolotl-medusa"):
+        write_plots(REPORT, tmp_path)
+    assert (tmp_path / PLOTS[1]).read_bytes() == before
+    with pytest.raises(ValueError, match=r"is a file, expected a directory to draw in"):
+        check_plots(tmp_path / PLOTS[1], PLOTS)

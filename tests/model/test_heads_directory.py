@@ -6,6 +6,7 @@ import copy
 import hashlib
 import importlib.metadata
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,31 @@ def test_meta_says_what_the_heads_were_made_by_and_from(tmp_path):
     )
     assert set(meta["versions"]) == {"axolotl-medusa", "axolotl", "torch", "transformers", "peft", "python"}
     assert json.loads(json.dumps(meta)) == meta
+
+
+def test_meta_holds_no_secret_of_the_yaml():
+    secrets = {
+        "mlflow_tracking_uri": "https://me:pass@host/path",
+        "hub_token": "abc",
+        "datasets": [{"path": "https://host/data.jsonl?token=abc"}],
+        "hf_use_auth_token": True,
+    }
+    meta = heads_meta(build()[0], "medusa-1", secrets)
+    assert meta["yaml"] == {
+        "mlflow_tracking_uri": "https://***@host/path",
+        "hub_token": "***",
+        "datasets": [{"path": "https://host/data.jsonl?token=***"}],
+        "hf_use_auth_token": True,
+    }
+
+
+def test_meta_names_the_commit_of_the_checkout():
+    root = Path(axolotl_medusa.__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("the package is installed without its checkout")
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert heads_meta(build()[0], "medusa-1", {})["git_commit"] == head
 
 
 def test_heads_file_is_a_copy_that_later_steps_do_not_change():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -169,6 +170,16 @@ def test_other_directories_are_refused_in_one_line(break_it, message, runs):
     with pytest.raises(ValueError, match=message) as error:
         find_source(runs["adapter"])
     assert "\n" not in str(error.value)
+
+
+def test_checkpoint_that_an_unfinished_run_names_is_the_last_by_its_step(runs):
+    run = runs["base"]
+    for age, step in enumerate((100, 9, 20)):
+        heads = shutil.copytree(run / "checkpoint-4", run / f"checkpoint-{step}") / "medusa_heads"
+        os.utime(heads, (2e9 + age, 2e9 + age))
+    shutil.rmtree(run / "medusa_heads")
+    with pytest.raises(ValueError, match=r"give a checkpoint, e\.g\. .*/checkpoint-100$"):
+        find_source(run)
 
 
 def test_fsdp_shards_are_refused_with_the_command_that_joins_them(runs):

@@ -22,6 +22,7 @@ from axolotl_medusa.model.sources import find_source
 from axolotl_medusa.model.tensor_files import TensorFiles
 from axolotl_medusa.serving import export as export_module
 from axolotl_medusa.serving.export import export
+from axolotl_medusa.serving.import_heads import import_heads
 
 LISTINGS = Path(__file__).parents[1] / "data" / "export_listings"
 LORA = {"targets": "all-linear"}
@@ -317,6 +318,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from axolotl_medusa.serving.export import export
+from axolotl_medusa.serving.import_heads import import_heads
 from axolotl_medusa.model.sources import find_source
 
 def memory(key):
@@ -345,3 +347,17 @@ def test_peak_memory_of_a_verified_export_is_a_few_tensors(target, tmp_path):
     assert result.returncode == 0, result.stderr
     output_layer = vocab_size * HIDDEN * 4
     assert int(result.stdout) < 4 * output_layer
+
+
+def test_secrets_that_earlier_heads_hold_are_in_no_file_of_an_export(tmp_path):
+    """Directories from before `heads_meta` left them out; the data's name is in the card."""
+    source = trained(tmp_path)
+    edit_json(
+        source.heads_dir / "medusa_meta.json",
+        yaml={"hub_token": "sec-ret", "datasets": [{"path": "https://me:sec-ret@host/data"}]},
+    )
+    export(find_source(tmp_path / "run"), "vllm", tmp_path / "out")
+    import_heads(source.heads_dir, tmp_path / "back")
+    files = [path for out in ("out", "back") for path in (tmp_path / out).rglob("*") if path.is_file()]
+    assert files and not [file for file in files if b"sec-ret" in file.read_bytes()]
+    assert "`https://***@host/data`" in (tmp_path / "out" / "README.md").read_text()

@@ -238,6 +238,84 @@ def test_peft_original_modules_are_left_out(tmp_path):
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in read.items())
 
 
+# Where it may write
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+NOT_OURS = {
+    "a-model": lambda out: save_base(out, make_model()),
+    "anything": lambda out: (out.mkdir(), (out / "notes.txt").write_text("mine")),
+    "the-heads-themselves": lambda out: publish(out, heads_of(), BASE_KEY),
+    "an-export": lambda out: publish_ours(out, {"recipe": "medusa-1", "export": {"target": "tgi"}}),
+    "a-model-with-our-marker": lambda out: (
+        save_base(out, make_model()),
+        (out / "medusa_meta.json").write_text('{"recipe": "medusa-1"}'),
+    ),
+    "a-marker-of-something-else": lambda out: publish_ours(out, {"made_by": "another program"}),
+    "a-damaged-marker": lambda out: (publish_ours(out, {}), (out / "medusa_meta.json").write_text("{")),
+    "a-file": lambda out: out.write_text("mine"),
+}
+
+
+def publish_ours(out: Path, meta) -> None:
+    publish(out, heads_of(), {**BASE_KEY, "model_type": "medusa"})
+    (out / "medusa_meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("case", NOT_OURS)
+def test_directory_that_is_not_ours_is_refused_and_left_as_it_is(case, tmp_path):
+    publish(tmp_path / "published", heads_of(), BASE_KEY)
+    (tmp_path / "published" / "tokenizer_config.json").write_text("{}")
+    out = tmp_path / "out"
+    NOT_OURS[case](out)
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match=r"out is .*, expected a new or an empty directory.*--out") as error:
+        import_heads(tmp_path / "published", out)
+    assert "\n" not in str(error.value) and files_of(tmp_path) == before
+
+
+def test_directory_of_the_heads_is_refused_where_it_is_not_what_training_wrote(tmp_path):
+    published = publish(tmp_path / "published", heads_of(), BASE_KEY)
+    before = files_of(published)
+    with pytest.raises(ValueError, match="published is not empty"):
+        import_heads(published, published)
+    assert files_of(published) == before
+
+
+@pytest.mark.parametrize("earlier", ["import", "trained-heads", "empty"])
+def test_earlier_heads_of_ours_are_written_over(earlier, tmp_path):
+    out = tmp_path / "out"
+    if earlier == "import":
+        import_heads(publish(tmp_path / "first", heads_of(num_heads=1), BASE_KEY), out)
+    elif earlier == "trained-heads":
+        trained(tmp_path).heads_dir.rename(out)
+    else:
+        out.mkdir()
+    tensors = heads_of(num_heads=2)
+    import_heads(publish(tmp_path / "published", tensors, BASE_KEY), out)
+    assert read_heads(out).tensors.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("written", ["weights", "tokenizer"])
+def test_import_that_was_interrupted_can_be_run_again(written, tmp_path, monkeypatch):
+    published = publish(tmp_path / "published", heads_of(), BASE_KEY)
+    (published / "tokenizer_config.json").write_text("{}")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    part = "write_tensors" if written == "weights" else "shutil.copyfile"
+    with monkeypatch.context() as patched:
+        patched.setattr(f"axolotl_medusa.serving.import_heads.{part}", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            import_heads(published, tmp_path / "out")
+    import_heads(published, tmp_path / "out")
+    assert read_heads(tmp_path / "out").form == "separate"
+
+
 def without(tensors, name):
     return {key: tensor for key, tensor in tensors.items() if key != name}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 
 import pytest
 import yaml
@@ -95,7 +96,7 @@ def test_card_has_the_measured_figures():
     text = card(
         measured={"medusa0_top1": 0.6249, "medusa1_top1": 0.41, "medusa_acceptance_length": 1.874, "step": 120.0}
     )
-    assert "in training's last evaluation at step 120:\n" in text
+    assert "in training's evaluation at step 120:\n" in text
     assert "| 2 ahead (head 0) | 62.5% |\n| 3 ahead (head 1) | 41.0% |\n" in text
     assert "while all before it are right: 1.87\n" in text
     assert "Nothing was measured" not in text
@@ -122,6 +123,67 @@ def test_measured_figures_are_the_last_evaluation_of_the_last_checkpoint(tmp_pat
     assert measured_in_training(tmp_path) == expected
     assert measured_in_training(tmp_path / "checkpoint-10") == expected
     assert measured_in_training(tmp_path / "checkpoint-9")["medusa0_top1"] == 0.1
+
+
+def evaluation(step):
+    return {"eval_medusa0_top1": step / 100, "eval_loss": 1.0, "step": step}
+
+
+def write_run(output_dir, best=None, heads_of=None):
+    """Evaluations at steps 20, 40, ..., 100 and a checkpoint at each; the later ones were written earlier."""
+    for step in range(20, 101, 20):
+        directory = output_dir / f"checkpoint-{step}"
+        write_state(directory, *(evaluation(earlier) for earlier in range(20, step + 1, 20)), age=step)
+        state = json.loads((directory / "trainer_state.json").read_text())
+        state["best_model_checkpoint"] = best and f"/elsewhere/{output_dir.name}/checkpoint-{best}"
+        (directory / "trainer_state.json").write_text(json.dumps(state))
+        os.utime(directory / "trainer_state.json", (1e9 - step, 1e9 - step))
+        write_heads_of(directory, step)
+    write_heads_of(output_dir, heads_of or 100)
+    return output_dir
+
+
+def write_heads_of(directory, step):
+    (directory / "medusa_heads").mkdir()
+    (directory / "medusa_heads" / "medusa_lm_head.safetensors").write_text(f"heads of step {step:3}")
+
+
+@pytest.mark.parametrize(
+    ("best", "heads_of", "step"),
+    [(None, 100, 100), (40, 40, 40), (40, 100, 100), (100, 100, 100), (60, 61, 100)],
+    ids=["no best", "the best", "the last beside a best", "the last is the best", "neither"],
+)
+def test_measured_figures_are_of_the_heads_that_are_exported(best, heads_of, step, tmp_path):
+    """A Trainer knows its best step wherever it has a metric for it; it loads it at the end only if it is told to."""
+    run = write_run(tmp_path / "out", best, heads_of)
+    assert measured_in_training(run) == {"medusa0_top1": step / 100, "step": step}
+
+
+@pytest.mark.parametrize("best", [None, 20, 100])
+def test_measured_figures_of_a_checkpoint_are_its_own(best, tmp_path):
+    run = write_run(tmp_path / "out", best)
+    for step in (20, 60, 100):
+        assert measured_in_training(run / f"checkpoint-{step}")["step"] == step
+
+
+def test_best_checkpoint_that_is_gone_is_no_evidence(tmp_path):
+    run = write_run(tmp_path / "out", 40, 40)
+    shutil.rmtree(run / "checkpoint-40")
+    assert measured_in_training(run) == {}, "which heads these are cannot be told"
+
+
+def test_figures_that_are_no_numbers_are_left_out(tmp_path):
+    write_state(tmp_path / "checkpoint-5", {"eval_medusa0_top1": "much", "eval_medusa1_top1": 0.5, "step": 5})
+    assert measured_in_training(tmp_path) == {"medusa1_top1": 0.5, "step": 5}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"log_history": 5}', '{"log_history": [5]}'])
+def test_damaged_state_of_the_trainer_is_named_in_one_line(content, tmp_path):
+    write_state(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"trainer_state\.json is not what a Trainer writes") as error:
+        measured_in_training(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_runs_that_evaluated_nothing_have_no_figures(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import httpx
 import pytest
@@ -111,6 +112,47 @@ def test_secret_of_the_yaml_is_not_published(nest, key, value, is_secret, hub, e
 
 
 @pytest.mark.parametrize(
+    "value", ["https://me:pass@host/mlflow", "https://host/mlflow?token=abc", "hf_abcdefghijklmnopqrstuvw"]
+)
+def test_credentials_in_a_value_of_the_yaml_are_not_published(value, hub, exported):
+    (exported / "medusa_meta.json").write_text(json.dumps({"yaml": {"mlflow_tracking_uri": value}}))
+    with pytest.raises(ValueError, match="holds the YAML's mlflow_tracking_uri, which would be published") as error:
+        push(exported, "me/heads")
+    assert value not in str(error.value) and hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "what"),
+    [
+        (
+            "config.json",
+            '{"base_model_name_or_path": "https://me:pass@host/model"}',
+            "a credential (base_model_name_or",
+        ),
+        ("adapter_config.json", '{"nested": {"hub_token": "abc"}}', "a credential (hub_token)"),
+        ("merged_model/config.json", '{"auth_token": "abc"}', "a credential (auth_token)"),
+        ("README.md", "trained on\n`https://me:pass@host/data`\n", "a credential (line 2)"),
+        ("notes.yml", "a: 1\nurl: https://host/?token=abc", "a credential (line 2)"),
+        ("config.json", "{ broken https://me:pass@host", "a credential (line 1)"),
+    ],
+)
+def test_credentials_in_any_text_file_are_not_published(file, content, what, hub, exported):
+    (exported / "merged_model").mkdir()
+    (exported / file).write_text(content)
+    with pytest.raises(ValueError, match=rf"{file} holds {re.escape(what)}.*, which would be published") as error:
+        push(exported, "me/heads")
+    assert "pass@" not in str(error.value) and "abc" not in str(error.value) and hub.asked == []
+
+
+def test_words_of_a_vocabulary_are_no_secrets(hub, exported):
+    (exported / "tokenizer.json").write_text('{"model": {"vocab": {"password": 5, "hub_token": "x"}}}')
+    (exported / "vocab.json").write_text('{"secret": 1, "token": 2}')
+    (exported / "tokenizer_config.json").write_text('{"eos_token": "</s>", "unk_token": {"content": "<unk>"}}')
+    push(exported, "me/heads")
+    assert len(hub.asked) == 2
+
+
+@pytest.mark.parametrize(
     "error",
     [
         LocalTokenNotFoundError("Token is required\n(`token=True`), but no token found."),
@@ -125,3 +167,9 @@ def test_refusal_of_the_hub_is_one_line_with_its_reason(error, hub, exported):
     ) as caught:
         push(exported, "me/heads")
     assert str(error).split()[0] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_refusal_of_the_hub_says_no_credentials(hub, exported):
+    hub.error = httpx.ConnectError("cannot connect to https://me:pass@host/api?token=abc")
+    with pytest.raises(ValueError, match=r"cannot connect to https://\*\*\*@host/api\?token=\*\*\*"):
+        push(exported, "me/heads")

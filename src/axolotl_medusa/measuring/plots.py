@@ -5,11 +5,16 @@ Contract: reads the report that `evaluate` makes and nothing else; matplotlib is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 PLOTS = ("accuracy_per_head.png", "accepted_length.png", "speed_up.png")
+
+_MARK = "axolotl-medusa"
+"""Author of every picture, in the file's metadata: a picture of anybody else is not written over."""
+_MARKED_BYTES = 4096
+"""The metadata stand before the pixels."""
 
 
 def write_plots(report: Mapping[str, Any], directory: str | Path) -> list[Path]:
@@ -23,9 +28,11 @@ def write_plots(report: Mapping[str, Any], directory: str | Path) -> list[Path]:
         The files.
 
     Raises:
+        ValueError: A picture of that name is there and is not ours.
         RuntimeError: matplotlib is missing.
     """
     check_matplotlib()
+    check_plots(directory, PLOTS)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     draw = (_accuracies, _accepted_lengths, _speed_ups)
@@ -44,6 +51,25 @@ def check_matplotlib() -> None:
         raise RuntimeError("plots need matplotlib, which is not installed: pip install matplotlib") from error
 
 
+def check_plots(directory: str | Path, names: Iterable[str]) -> None:
+    """Checks that pictures can be written, and that none is written over that this package did not draw.
+
+    Raises:
+        ValueError: There is such a file, or `directory` is a file.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file, expected a directory to draw in: choose another one")
+    for file in (directory / name for name in names):
+        if not file.exists() or not file.stat().st_size:
+            continue
+        with file.open("rb") as stream:
+            if _MARK.encode() not in stream.read(_MARKED_BYTES):
+                raise ValueError(
+                    f"{file} is there already and was not drawn by {_MARK}, expected a new file: draw in another directory"
+                )
+
+
 def save_plot(file: Path, draw: Callable[[Any, Any], None], what: Any) -> Path:
     """Draws one figure with `draw(axes, what)` and a legend, and returns its file."""
     from matplotlib.figure import Figure  # without pyplot no display and no global state is needed
@@ -52,7 +78,7 @@ def save_plot(file: Path, draw: Callable[[Any, Any], None], what: Any) -> Path:
     axes = figure.add_subplot()
     draw(axes, what)
     axes.legend()
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=150, metadata={"Author": _MARK})
     return file
 
 

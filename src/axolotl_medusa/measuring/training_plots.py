@@ -11,7 +11,8 @@ from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
 
-from axolotl_medusa.measuring.plots import check_matplotlib, save_plot
+from axolotl_medusa.measuring.plots import check_matplotlib, check_plots, save_plot
+from axolotl_medusa.model.checkpoints import checkpoints
 from axolotl_medusa.model.json_files import read_json
 
 TRAINING_PLOTS = {
@@ -37,7 +38,7 @@ def write_training_plots(output_dir: str | Path, directory: str | Path) -> list[
         The files.
 
     Raises:
-        ValueError: There is no checkpoint, or its log has nothing about heads.
+        ValueError: There is no checkpoint, its log has nothing about heads, or a picture that is there is not ours.
         RuntimeError: matplotlib is missing.
     """
     check_matplotlib()
@@ -48,6 +49,7 @@ def write_training_plots(output_dir: str | Path, directory: str | Path) -> list[
         raise ValueError(
             f"{state} has no losses of heads: train with logging_steps set and without medusa_logging: false"
         )
+    check_plots(directory, TRAINING_PLOTS)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
 
@@ -67,19 +69,14 @@ def trainer_state(output_dir: str | Path) -> Path:
         ValueError: There is none.
     """
     directory = Path(output_dir)
-    found = sorted(directory.glob(f"checkpoint-*/{_STATE}"), key=_step_of)
     if (directory / _STATE).is_file():
-        found.append(directory / _STATE)
+        return directory / _STATE
+    found = checkpoints(directory, _STATE)
     if not found:
         raise ValueError(
             f"{directory} has no checkpoint-*/{_STATE}: expected what training wrote, an output_dir with a checkpoint"
         )
-    return found[-1]
-
-
-def _step_of(state: Path) -> int:
-    step = state.parent.name.removeprefix("checkpoint-")
-    return int(step) if step.isdecimal() else -1
+    return found[-1] / _STATE
 
 
 def _log_history(state: Path) -> Sequence[Mapping[str, Any]]:

@@ -27,6 +27,7 @@ from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, out
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.heads import HEADS_NAME, HeadForm, MedusaHeads, attached_heads
 from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.secrets import without_secrets
 from axolotl_medusa.model.tensor_files import TensorFiles, whole_or_nothing, write_json
 
 _VERSIONS_OF = ("axolotl-medusa", "axolotl", "torch", "transformers", "peft")
@@ -92,14 +93,14 @@ def heads_config(heads: MedusaHeads, base_model: str) -> dict[str, Any]:
 
 
 def heads_meta(model: nn.Module, recipe: str, resolved_yaml: Mapping[str, Any]) -> dict[str, Any]:
-    """What the heads were made by and from, for `medusa_meta.json`."""
+    """What the heads were made by and from, for `medusa_meta.json`; secrets of the YAML are left out."""
     return {
         "recipe": recipe,
         "lm_head_sha256": lm_head_hash(model),
         "dtype": str(attached_heads(model).dtype).removeprefix("torch."),
         "versions": {name: package_version(name) for name in _VERSIONS_OF} | {"python": platform.python_version()},
         "git_commit": _git_commit(),
-        "yaml": json.loads(json.dumps(dict(resolved_yaml), default=str)),
+        "yaml": without_secrets(json.loads(json.dumps(dict(resolved_yaml), default=str))),
     }
 
 
@@ -313,7 +314,7 @@ def package_version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """Commit of the checkout that this package runs from, None where it is installed without one."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, Literal
 
+from axolotl_medusa.model.checkpoints import checkpoints
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE
 from axolotl_medusa.model.heads import HeadForm
 from axolotl_medusa.model.heads_directory import HeadsFile, verify_heads
@@ -187,10 +188,9 @@ def _directories(path: Path) -> tuple[Path, Path | None]:
         return path, None
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory: expected an output_dir, a checkpoint in it, or a medusa_heads")
-    checkpoints = sorted(path.glob(f"checkpoint-*/{HEADS_FOLDER}"), key=lambda heads: heads.stat().st_mtime)
-    if checkpoints:
+    if found := checkpoints(path, HEADS_FOLDER):
         raise ValueError(
-            f"{path} has no {HEADS_FOLDER}: training did not reach its end; give a checkpoint, e.g. {checkpoints[-1].parent}"
+            f"{path} has no {HEADS_FOLDER}: training did not reach its end; give a checkpoint, e.g. {found[-1]}"
         )
     raise ValueError(
         f"{path} has neither {HEADS_FOLDER} nor {HEADS_FILE} with {CONFIG_FILE}: expected what training wrote; "

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from axolotl_medusa.model.file_names import CONFIG_FILE, META_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.secrets import without_secrets
 from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE, Source
 from axolotl_medusa.model.tensor_files import (
     LazyTensor,
@@ -92,7 +93,7 @@ def export(
         serve=serve_command(target, str(out), base_model, num_heads, served.get("model_type", "")),
         measured=measured_in_training(source.output_dir),
     )
-    (out / CARD_FILE).write_text(card, encoding="utf-8")
+    (out / CARD_FILE).write_text(without_secrets(card), encoding="utf-8")
     if verify:
         written = Source(source.heads_dir, source.config, {}, str(out / MERGED_FOLDER)) if merged else source
         output, dtype = lm_head(written), _heads_dtype(source)
@@ -190,7 +191,7 @@ def _prepare(source: Source, target: Target, out: Path) -> None:
             for file in [file for pattern in _WRITTEN for file in folder.glob(pattern)]:
                 file.unlink()
     out.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {**source.meta, "export": {"target": target.name, "config": source.config}})
+    write_json(marker, {**without_secrets(source.meta), "export": {"target": target.name, "config": source.config}})
 
 
 def _served_model(source: Source, target: Target, out: Path, *, merged: bool) -> str:

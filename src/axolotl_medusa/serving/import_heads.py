@@ -18,6 +18,7 @@ from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, 
 from axolotl_medusa.model.heads import HeadForm, MedusaHeads
 from axolotl_medusa.model.heads_directory import HeadsFile, heads_config, verify_heads
 from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.secrets import without_secrets
 from axolotl_medusa.model.sources import Source, text_value
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, write_json, write_tensors
 from axolotl_medusa.serving.formats import OUTPUT_LAYER, TORCH_HEADS_FILE, HeadTensor, parse
@@ -67,15 +68,18 @@ def import_heads(directory: str | Path, out: str | Path, base_model: str | None 
 
     Args:
         directory: The heads, or the model or adapter that holds them.
-        out: The canonical directory to write.
+        out: The canonical directory to write: new, empty, or with earlier heads in the canonical form, which are replaced.
         base_model: Name or path of the model that the heads were trained on; by default what the config says.
 
     Returns:
         What was found, a line each for the user to read.
 
     Raises:
-        ValueError: There are no heads, or they are damaged; or no base model is known and one is needed.
+        ValueError: There are no heads, or they are damaged; no base model is known and one is needed; or `out` holds
+            anything else.
     """
+    out = Path(out)
+    _check_out(out)
     found = _find(Path(directory))
     base = base_model or _base_model(found)
     named = text_value(found.config, "base_model_name_or_path", found.where / CONFIG_FILE)
@@ -92,16 +96,52 @@ def import_heads(directory: str | Path, out: str | Path, base_model: str | None 
             f"the {found.num_layers} blocks of every head are equal, as trainers write them that repeat one block: "
             "they are kept as independent blocks, which compute the same"
         )
-    out = Path(out)
+    meta = {key: value for key, value in without_secrets(found.meta).items() if key != "export"}
+    meta = meta or {"imported": {"from": found.where.resolve().name, "notes": notes}}
     out.mkdir(parents=True, exist_ok=True)
+    if not any(out.iterdir()):
+        write_json(out / META_FILE, meta)  # so that an import that is interrupted can be run again
     write_tensors(out / HEADS_FILE, tensors)
     for file in Source(found.where, config={}, meta={}, base_model=None).tokenizer_files():
         if file.parent.resolve() != out.resolve():
             shutil.copyfile(file, out / file.name)
-    meta = {key: value for key, value in found.meta.items() if key != "export"}
-    write_json(out / META_FILE, meta or {"imported": {"from": found.where.resolve().name, "notes": notes}})
+    write_json(out / META_FILE, meta)
     write_json(out / CONFIG_FILE, config)
     return notes
+
+
+def _check_out(out: Path) -> None:
+    """Refuses what is there already, unless it is empty or holds heads that training or an earlier import wrote.
+
+    Their `medusa_meta.json` says which of both it was, their config is of heads, and no export is noted.
+
+    Raises:
+        ValueError: It is a file, or holds anything else.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        found = "a file"
+    elif not any(out.iterdir()) or _is_canonical(out):
+        return
+    else:
+        found = "not empty"
+    raise ValueError(
+        f"{out} is {found}, expected a new or an empty directory, or heads that training or an import wrote: "
+        "choose another --out"
+    )
+
+
+def _is_canonical(directory: Path) -> bool:
+    try:
+        meta, config = _json(directory / META_FILE), _json(directory / CONFIG_FILE)
+    except ValueError:
+        return False
+    return (
+        bool({"recipe", "imported"} & meta.keys())
+        and "export" not in meta
+        and config.get("model_type", "medusa") == "medusa"
+    )
 
 
 def _find(path: Path) -> _Found:

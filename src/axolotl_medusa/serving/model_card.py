@@ -6,6 +6,7 @@ the servers' own documentation.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import re
 import shlex
@@ -13,8 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from axolotl_medusa.model.checkpoints import checkpoint_step, checkpoints
+from axolotl_medusa.model.file_names import HEADS_FILE, HEADS_FOLDER
 from axolotl_medusa.model.json_files import read_json
 
+_STATE = "trainer_state.json"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _RTP_MODEL_TYPES = {"qwen2": "qwen_2", "qwen3": "qwen_3"}
 """Model types that rtp-llm spells otherwise than transformers."""
@@ -107,25 +111,58 @@ END"""
 
 
 def measured_in_training(output_dir: Path | None) -> dict[str, float]:
-    """The last evaluation of a run, by metric: `medusa0_top1`, `medusa_acceptance_length`, ... and its `step`.
+    """What training measured of a run's heads, by metric: `medusa0_top1`, `medusa_acceptance_length`, ... and the `step`.
+
+    A checkpoint's heads were measured at its own step. Those of an output_dir are the best checkpoint's where they are equal to
+    them (`load_best_model_at_end`), else the last.
 
     Args:
-        output_dir: An output_dir, whose last checkpoint is read, or a checkpoint.
+        output_dir: An output_dir or a checkpoint.
 
     Returns:
-        The numbers, none where the run evaluated nothing or left no trainer_state.json.
+        The numbers; none where the run evaluated nothing or left no trainer_state.json, or where its best checkpoint is gone, so
+        that it cannot be told which heads these are.
+
+    Raises:
+        ValueError: The trainer_state.json is damaged.
     """
-    files = [] if output_dir is None else [*output_dir.glob("trainer_state.json")]
-    if output_dir is not None and not files:
-        files = sorted(output_dir.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
-    if not files:
+    if output_dir is None:
         return {}
-    history = read_json(files[-1]).get("log_history")
-    entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
-    evaluations = [entry for entry in entries if any(key.startswith("eval_medusa") for key in entry)]
-    last = evaluations[-1] if evaluations else {}
-    wanted = {key.removeprefix("eval_"): value for key, value in last.items() if key == "step" or "medusa" in key}
-    return {key: value for key, value in wanted.items() if type(value) in (int, float) and abs(value) < _LARGEST_METRIC}
+    step = checkpoint_step(output_dir)
+    directory = output_dir if step is not None or (output_dir / _STATE).is_file() else None
+    if directory is None and (found := checkpoints(output_dir, _STATE)):
+        directory = found[-1]
+    if directory is None or not (directory / _STATE).is_file():
+        return {}
+    best, evaluations = _evaluations(directory / _STATE)
+    if step is None and best is not None and directory.name != best:
+        heads, best_heads = (where / HEADS_FOLDER / HEADS_FILE for where in (output_dir, output_dir / best))
+        if not (heads.is_file() and best_heads.is_file()):
+            return {}
+        if filecmp.cmp(heads, best_heads, shallow=False):
+            step = checkpoint_step(best)
+    entry: Mapping[str, Any] = next(
+        (entry for entry in reversed(evaluations) if step is None or entry.get("step", 0) <= step), {}
+    )
+    return {
+        key.removeprefix("eval_"): value
+        for key, value in entry.items()
+        if (key == "step" or "medusa" in key) and _is_metric(value)
+    }
+
+
+def _evaluations(state: Path) -> tuple[str | None, list[Mapping[str, Any]]]:
+    """The name of a run's best checkpoint, None where none is known, and what its evaluations logged of the heads."""
+    content = read_json(state)
+    best, history = content.get("best_model_checkpoint"), content.get("log_history", [])
+    if not (isinstance(history, list) and isinstance(best, str | None)):
+        raise ValueError(f"{state} is not what a Trainer writes: get it again, or remove it")
+    entries = [entry for entry in history if isinstance(entry, dict) and _is_metric(entry.get("step", 0))]
+    return best and Path(best).name, [entry for entry in entries if any(key.startswith("eval_medusa") for key in entry)]
+
+
+def _is_metric(value: object) -> bool:
+    return isinstance(value, int | float) and -_LARGEST_METRIC < value < _LARGEST_METRIC
 
 
 def model_card(
@@ -220,7 +257,7 @@ def _measured(measured: Mapping[str, float]) -> str:
     if not accuracies and length is None:
         return "Nothing was measured before this export."
     at = f" at step {measured['step']:.0f}" if "step" in measured else ""
-    lines = [f"On held-out data, in training's last evaluation{at}:", ""]
+    lines = [f"On held-out data, in training's evaluation{at}:", ""]
     if accuracies:
         lines += ["| token guessed | right at the first guess |", "|---|---|"]
         lines += [f"| {head + 2} ahead (head {head}) | {value:.1%} |" for head, value in sorted(accuracies.items())]

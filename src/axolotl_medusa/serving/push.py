@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from axolotl_medusa.model.file_names import META_FILE
+from axolotl_medusa.model.secrets import secrets_in, without_secrets
 
 _CARD_FILE = "README.md"
 _WEIGHTS = ("*.safetensors", "*.pt")
-_META_FILE = "medusa_meta.json"
-_SECRET = re.compile(r"(api_?key|(auth|access|hub|hf)_?token|secret|password)$", re.IGNORECASE)
+_TEXT_FILES = (".json", ".jinja", ".md", ".txt", ".yaml", ".yml")
+_VOCABULARY = re.compile(r"(tokenizer|vocab|added_tokens)\.json$|(vocab|merges)\.txt$")
+"""Files whose words are a tokenizer's."""
 
 
 def push(directory: str | Path, repo: str, private: bool = False) -> str:
@@ -29,7 +31,7 @@ def push(directory: str | Path, repo: str, private: bool = False) -> str:
         The repository's address.
 
     Raises:
-        ValueError: The directory is no export, holds an unfinished file or a secret, or the Hub refuses.
+        ValueError: The directory is no export, holds an unfinished file or a secret, or the Hub refuses it.
     """
     directory = Path(directory).expanduser()
     _check(directory)
@@ -43,7 +45,7 @@ def push(directory: str | Path, repo: str, private: bool = False) -> str:
             folder_path=directory, repo_id=repo, commit_message="Medusa heads, exported by axolotl-medusa"
         )
     except (OSError, ValueError, httpx.HTTPError) as error:  # no token, no right, a bad name, no connection
-        reason = " ".join(str(error).split())
+        reason = without_secrets(" ".join(str(error).split()))
         raise ValueError(f"the Hub refused {repo}: {reason}; log in with `hf auth login` or check the name") from error
     return str(address)
 
@@ -57,18 +59,20 @@ def _check(directory: Path) -> None:
         )
     if unfinished := next(directory.rglob("*.part"), None):
         raise ValueError(f"{unfinished} is half a file: an export was interrupted; run it again")
-    meta = directory / _META_FILE
-    if meta.is_file() and (key := next(_secrets(json.loads(meta.read_text(encoding="utf-8"))), None)):
-        raise ValueError(f"{meta} holds the YAML's {key}, which would be published: empty it there first")
+    for file in sorted(path for path in directory.rglob("*") if path.suffix in _TEXT_FILES and path.is_file()):
+        if not _VOCABULARY.match(file.name) and (where := _secret_in(file)):
+            what = f"the YAML's {where}" if file.name == META_FILE else f"a credential ({where})"
+            raise ValueError(f"{file} holds {what}, which would be published: empty it there first")
 
 
-def _secrets(content: Any) -> Iterator[str]:
-    """Keys of a JSON value that are named like a secret and hold a text."""
-    if isinstance(content, list):
-        content = dict(enumerate(content))
-    if not isinstance(content, dict):
-        return
-    for key, value in content.items():
-        if isinstance(value, str) and value and _SECRET.search(str(key)):
-            yield key
-        yield from _secrets(value)
+def _secret_in(file: Path) -> str | None:
+    """Where the first secret of a text file stands: the setting's name in JSON, else the line."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if file.suffix == ".json":
+        try:
+            return next(secrets_in(json.loads(text)), None)
+        except (ValueError, RecursionError):
+            pass
+    return next(
+        (f"line {number}" for number, line in enumerate(text.splitlines(), 1) if without_secrets(line) != line), None
+    )

@@ -19,12 +19,13 @@ from axolotl_medusa.decoding.load_decoder import load_decoder, load_original
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, chain, default_tree, write_tree
 from axolotl_medusa.measuring.evaluate import PromptTokens, check_fits, environment, evaluate
-from axolotl_medusa.measuring.plots import check_matplotlib, write_plots
+from axolotl_medusa.measuring.plots import PLOTS, check_matplotlib, check_plots, write_plots
 from axolotl_medusa.measuring.quality import compare_models
 from axolotl_medusa.measuring.step_times import SIZES, StepTimes, measure_steps
 from axolotl_medusa.measuring.tree_tuning import TunedTree, tune_tree
 from axolotl_medusa.model.anatomy import causal_lm
 from axolotl_medusa.terminal.chat import Answerer, Chat
+from axolotl_medusa.terminal.outputs import check_json_output
 from axolotl_medusa.terminal.prompts import Prompt, conversation_tokens, prompt_tokens, read_prompts
 from axolotl_medusa.terminal.race import race
 
@@ -33,6 +34,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
     """Evaluates heads on a prompts file, prints a summary, and writes the report and its plots where asked to."""
     if options.plots:
         check_matplotlib()
+        check_plots(options.plots, PLOTS)
+    if options.json:
+        check_json_output(options.json, {"heads", "prompts_file", "overall"}, "--json")
     prompts = read_prompts(options.prompts, options.limit)
     held_out = read_prompts(options.held_out) if options.held_out else []
     model, tokenizer = _load(options)
@@ -93,6 +97,7 @@ def _print_report(report: Mapping[str, Any], times: StepTimes) -> None:
 
 def run_tree(options: argparse.Namespace) -> None:
     """Searches the fastest tree and writes it."""
+    check_json_output(options.out, {"choices", "num_nodes", "calibration"}, "--out")
     prompts = read_prompts(options.calibration, options.limit)
     model, tokenizer = _load(options)
     tokens = [PromptTokens(row.id, prompt_tokens(tokenizer, row), row.category) for row in prompts]
