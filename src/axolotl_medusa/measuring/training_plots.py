@@ -13,7 +13,7 @@ from typing import Any
 
 from axolotl_medusa.measuring.plots import check_matplotlib, check_plots, save_plot
 from axolotl_medusa.model.checkpoints import checkpoints
-from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.json_files import read_value
 
 TRAINING_PLOTS = {
     "training_loss.png": (r"base_loss|medusa\d+_loss", "loss"),
@@ -81,11 +81,12 @@ def trainer_state(output_dir: str | Path) -> Path:
 
 def _log_history(state: Path) -> Sequence[Mapping[str, Any]]:
     try:
-        history = read_json(state)["log_history"]
+        history = read_value(state)["log_history"]
         if not isinstance(history, list):
             raise TypeError(f"log_history is {shorten(history)}")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{state} is not what a Trainer writes ({type(error).__name__}: {error})") from error
+        cause = error.__cause__ or error
+        raise ValueError(f"{state} is not what a Trainer writes ({type(cause).__name__}: {cause})") from error
     return [entry for entry in history if isinstance(entry, dict) and _is_number(entry.get("step"))]
 
 

@@ -65,13 +65,22 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: The file is missing, is anything else, or goes beyond the limits.
     """
+    content = read_value(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def read_value(file: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        ValueError: The file is missing, is not JSON, or goes beyond the limits.
+    """
     if not file.is_file():  # a pipe or a device would never end
         raise ValueError(f"{file} is missing: complete the directory")
     with file.open("rb") as stream:
         text = stream.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{file} is longer than {MAX_JSON_BYTES:,} bytes, as no file of this kind is: get it again")
-    content = parse_json(text, str(file))
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")
-    return content
+    return parse_json(text, str(file))

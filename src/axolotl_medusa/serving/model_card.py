@@ -153,12 +153,15 @@ def measured_in_training(output_dir: Path | None) -> dict[str, float]:
 
 def _evaluations(state: Path) -> tuple[str | None, list[Mapping[str, Any]]]:
     """The name of a run's best checkpoint, None where none is known, and what its evaluations logged of the heads."""
-    content = read_json(state)
-    best, history = content.get("best_model_checkpoint"), content.get("log_history", [])
-    if not (isinstance(history, list) and isinstance(best, str | None)):
-        raise ValueError(f"{state} is not what a Trainer writes: get it again, or remove it")
-    entries = [entry for entry in history if isinstance(entry, dict) and _is_metric(entry.get("step", 0))]
-    return best and Path(best).name, [entry for entry in entries if any(key.startswith("eval_medusa") for key in entry)]
+    try:
+        content = read_json(state)
+        best, history = content.get("best_model_checkpoint"), content.get("log_history", [])
+        if not (isinstance(history, list) and isinstance(best, str | None)):
+            raise TypeError("log_history is no list, or best_model_checkpoint no path")
+        entries = [entry for entry in history if any(key.startswith("eval_medusa") for key, _ in entry.items())]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{state} is not what a Trainer writes ({error!r}): get it again, or remove it") from error
+    return best and Path(best).name, [entry for entry in entries if _is_metric(entry.get("step", 0))]
 
 
 def _is_metric(value: object) -> bool:
