@@ -161,7 +161,17 @@ def _is_json(value: Any) -> bool:
 PIECES = st.one_of(
     st.binary(min_size=1, max_size=8),
     st.sampled_from(
-        (b"\xff\xff\xff\xff\xff\xff\xff\x7f", b"\0" * 8, b"[" * 3000, b"\n", b"\r", b'"', b"{}", b"\xef\xbb\xbf", b"1" * 5000)
+        (
+            b"\xff\xff\xff\xff\xff\xff\xff\x7f",
+            b"\0" * 8,
+            b"[" * 3000,
+            b"\n",
+            b"\r",
+            b'"',
+            b"{}",
+            b"\xef\xbb\xbf",
+            b"1" * 5000,
+        )
     ),
 )
 

@@ -8,7 +8,9 @@ import json
 import math
 import shutil
 import struct
+import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,12 @@ def weights(*shape: int) -> torch.Tensor:
 
 # ---- tensors ----
 
-TENSORS = {"a.weight": weights(2, 3), "b.bf16": weights(5).bfloat16(), "empty": torch.zeros(0, 4), "ids": torch.tensor([7])}
+TENSORS = {
+    "a.weight": weights(2, 3),
+    "b.bf16": weights(5).bfloat16(),
+    "empty": torch.zeros(0, 4),
+    "ids": torch.tensor([7]),
+}
 SAFETENSORS = as_safetensors(TENSORS, metadata={"format": "pt"})
 
 
@@ -88,9 +95,14 @@ def damaged_archive(draw: st.DrawFn, content: bytes) -> bytes:
         entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
     number = draw(st.integers(0, len(entries) - 1))
     name, entry = entries[number]
-    entries[number] = (draw(st.sampled_from((name, name, name, "../x", "archive/constants.pkl"))), draw(damaged_bytes(entry)))
+    entries[number] = (
+        draw(st.sampled_from((name, name, name, "../x", "archive/constants.pkl"))),
+        draw(damaged_bytes(entry)),
+    )
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", draw(st.sampled_from((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))) as archive:
+    with zipfile.ZipFile(
+        stream, "w", draw(st.sampled_from((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
+    ) as archive:
         for name, entry in entries:
             archive.writestr(name, entry)
     return stream.getvalue()
@@ -105,7 +117,11 @@ def load_all(files: TensorFiles) -> None:
 
 def make_index(directory: Path) -> None:
     (directory.parent / "outside.safetensors").write_bytes(SAFETENSORS)
-    put(directory, one__safetensors=as_safetensors({"x": weights(2)}), two__safetensors=as_safetensors({"y": weights(3)}))
+    put(
+        directory,
+        one__safetensors=as_safetensors({"x": weights(2)}),
+        two__safetensors=as_safetensors({"y": weights(3)}),
+    )
     (directory / "link.safetensors").symlink_to(directory.parent / "outside.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps(INDEX))
 
@@ -171,7 +187,9 @@ ADAPTER = {
 
 
 def make_base(directory: Path) -> None:
-    put(directory, config__json=BASE_CONFIG, model__safetensors=as_safetensors(BASE), tokenizer__json={"version": "1.0"})
+    put(
+        directory, config__json=BASE_CONFIG, model__safetensors=as_safetensors(BASE), tokenizer__json={"version": "1.0"}
+    )
 
 
 def make_heads(directory: Path, base: Path | str = "base", recipe: str = "medusa-1") -> None:
@@ -233,7 +251,11 @@ def make_vllm_heads(directory: Path) -> None:
 
 
 def make_torch_heads(directory: Path) -> None:
-    put(directory, config__json={"base_model_name_or_path": "base", "medusa_num_heads": 2}, medusa_lm_head__pt=TORCH_HEADS)
+    put(
+        directory,
+        config__json={"base_model_name_or_path": "base", "medusa_num_heads": 2},
+        medusa_lm_head__pt=TORCH_HEADS,
+    )
 
 
 TORCH_HEADS = torch_bytes(
@@ -254,7 +276,9 @@ def make_export(target: str) -> Any:
 def verify(target: str) -> Any:
     def read(directory: Path) -> None:
         source = find_source(directory.parent / "heads")
-        trained = {name: LazyTensor.of(name, tensor).load for name, tensor in HEADS.items() if name != "lm_heads.0.weight"}
+        trained = {
+            name: LazyTensor.of(name, tensor).load for name, tensor in HEADS.items() if name != "lm_heads.0.weight"
+        }
         verify_export(target, directory, trained, lm_head(source).load)
 
     return read
@@ -289,11 +313,19 @@ class _Axes:
         pass
 
 
+@contextlib.contextmanager
+def no_pictures() -> Iterator[None]:
+    """Gives what would be drawn to axes that only look at it: a picture takes a fifth of a second."""
+    save_plot = training_plots.save_plot
+    training_plots.save_plot = lambda file, draw, name: draw(_Axes(), name) or file
+    try:
+        yield
+    finally:
+        training_plots.save_plot = save_plot
+
+
 def draw_plots(directory: Path) -> None:
-    with contextlib.ExitStack() as stack:
-        save_plot = training_plots.save_plot
-        stack.callback(setattr, training_plots, "save_plot", save_plot)
-        training_plots.save_plot = lambda file, draw, name: draw(_Axes(), name) or file
+    with no_pictures():
         training_plots.write_training_plots(directory, directory)
 
 
@@ -405,6 +437,16 @@ def read_cache(directory: Path) -> None:
         assert not cache.has(key) or torch.equal(cache.read(key), states)
 
 
+def cache_files() -> tuple[str, dict[str, bytes]]:
+    """The folder of a filled cache, and what is in its files."""
+    with tempfile.TemporaryDirectory() as place:
+        make_cache(Path(place))
+        files = [file for file in Path(place).rglob("*") if file.is_file()]
+        return files[0].parent.name, {file.name: file.read_bytes() for file in files}
+
+
+CACHE_FOLDER, CACHE_FILES = cache_files()
+
 # ---- commands ----
 
 
@@ -433,7 +475,9 @@ HEADS_DAMAGE = {
     META_FILE: json_of(META),
     HEADS_FILE: damaged_safetensors(as_safetensors(HEADS)),
 }
-VLLM_FILE = as_safetensors({**{f"blocks.{i}.layers.0.{k}": HEADS[f"{i}.0.linear.{k}"] for i in range(2) for k in ("weight", "bias")}})
+VLLM_FILE = as_safetensors(
+    {**{f"blocks.{i}.layers.0.{k}": HEADS[f"{i}.0.linear.{k}"] for i in range(2) for k in ("weight", "bias")}}
+)
 
 PACKAGE_READERS = [
     Reader(
@@ -476,7 +520,10 @@ PACKAGE_READERS = [
             directory, adapter_config__json=ADAPTER_CONFIG, adapter_model__safetensors=as_safetensors(ADAPTER)
         ),
         read_lora,
-        {"adapter_config.json": json_of(ADAPTER_CONFIG), "adapter_model.safetensors": damaged_safetensors(as_safetensors(ADAPTER))},
+        {
+            "adapter_config.json": json_of(ADAPTER_CONFIG),
+            "adapter_model.safetensors": damaged_safetensors(as_safetensors(ADAPTER)),
+        },
         500,
     ),
     Reader(
@@ -501,7 +548,10 @@ PACKAGE_READERS = [
         "import-torch",
         make_torch_heads,
         import_to,
-        {"config.json": json_of({"base_model_name_or_path": "base"}), "medusa_lm_head.pt": damaged_archive(TORCH_HEADS)},
+        {
+            "config.json": json_of({"base_model_name_or_path": "base"}),
+            "medusa_lm_head.pt": damaged_archive(TORCH_HEADS),
+        },
         200,
     ),
     *(
@@ -520,10 +570,28 @@ PACKAGE_READERS = [
             ("modelopt", "model.safetensors", {"medusa": {"num_medusa_heads": 2, "num_medusa_layers": 1}}),
         )
     ),
-    Reader("trainer-state", lambda directory: put(directory, trainer_state__json=STATE), read_state, {"trainer_state.json": json_of(STATE)}, 300),
+    Reader(
+        "trainer-state",
+        lambda directory: put(directory, trainer_state__json=STATE),
+        read_state,
+        {"trainer_state.json": json_of(STATE)},
+        300,
+    ),
     Reader("model-card", make_heads, read_meta, {META_FILE: json_of(META)}, 300),
-    Reader("training-plots", lambda directory: put(directory, trainer_state__json=STATE), draw_plots, {"trainer_state.json": json_of(STATE)}, 300),
-    Reader("tree", lambda directory: put(directory, tree__json=TREE), read_tree_file, {"tree.json": st.one_of(json_of(TREE), json_of(TREE["choices"]))}, 500),
+    Reader(
+        "training-plots",
+        lambda directory: put(directory, trainer_state__json=STATE),
+        draw_plots,
+        {"trainer_state.json": json_of(STATE)},
+        300,
+    ),
+    Reader(
+        "tree",
+        lambda directory: put(directory, tree__json=TREE),
+        read_tree_file,
+        {"tree.json": st.one_of(json_of(TREE), json_of(TREE["choices"]))},
+        500,
+    ),
     Reader(
         "prompts",
         lambda directory: put(directory, prompts__jsonl=b"\n".join(json.dumps(row).encode() for row in PROMPTS)),
@@ -555,11 +623,37 @@ PACKAGE_READERS = [
         "hidden-cache",
         make_cache,
         read_cache,
-        {},
+        {f"{CACHE_FOLDER}/{name}": damaged_bytes(content) for name, content in CACHE_FILES.items()},
         300,
+        refusals=(),
     ),
-    Reader("plot-command", lambda directory: put(directory, trainer_state__json={"log_history": []}), command("plot", "{directory}"), {"trainer_state.json": json_of({"log_history": []})}, 100),
-    Reader("import-command", make_torch_heads, command("import", "{directory}", "--to", "canonical", "--out", "{out}"), {"config.json": json_of({"base_model_name_or_path": "base"}), "medusa_lm_head.pt": damaged_archive(TORCH_HEADS)}, 100),
-    Reader("export-command", make_run, command("export", "{directory}", "--to", "vllm", "--model", "merged", "--out", "{out}"), {"adapter_config.json": json_of(ADAPTER_CONFIG), "trainer_state.json": json_of(STATE), "medusa_heads/config.json": json_of(HEADS_CONFIG)}, 100),
+    Reader(
+        "plot-command",
+        lambda directory: put(directory, trainer_state__json=STATE),
+        no_pictures()(command("plot", "{directory}")),
+        {"trainer_state.json": json_of(STATE)},
+        100,
+    ),
+    Reader(
+        "import-command",
+        make_torch_heads,
+        command("import", "{directory}", "--to", "canonical", "--out", "{out}"),
+        {
+            "config.json": json_of({"base_model_name_or_path": "base"}),
+            "medusa_lm_head.pt": damaged_archive(TORCH_HEADS),
+        },
+        100,
+    ),
+    Reader(
+        "export-command",
+        make_run,
+        command("export", "{directory}", "--to", "vllm", "--model", "merged", "--out", "{out}"),
+        {
+            "adapter_config.json": json_of(ADAPTER_CONFIG),
+            "trainer_state.json": json_of(STATE),
+            "medusa_heads/config.json": json_of(HEADS_CONFIG),
+        },
+        100,
+    ),
 ]
 """All of them."""

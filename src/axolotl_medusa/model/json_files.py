@@ -7,6 +7,7 @@ Contract: knows no file's meaning; imports nothing of ours. Whatever a text hold
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def read_value(file: Path) -> Any:
     if not file.is_file():  # a pipe or a device would never end
         raise ValueError(f"{file} is missing: complete the directory")
     with file.open("rb") as stream:
-        text = stream.read(MAX_JSON_BYTES + 1)
+        size = min(os.fstat(stream.fileno()).st_size, MAX_JSON_BYTES)
+        text = stream.read(size + 1)  # what is asked for is taken from memory at once
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{file} is longer than {MAX_JSON_BYTES:,} bytes, as no file of this kind is: get it again")
     return parse_json(text, str(file))

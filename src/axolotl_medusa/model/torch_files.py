@@ -6,12 +6,12 @@ may unpack to any size, a pickle may ask for a tensor of any shape, and `torch.l
 
 from __future__ import annotations
 
+import io
 import pickle
 import pickletools
 import struct
 import zipfile
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -80,8 +80,9 @@ def check_torch_file(file: Path) -> None:
 def _check_pickles(file: Path, size: int) -> None:
     if not zipfile.is_zipfile(file):
         with file.open("rb") as stream:
-            for _ in range(_NUM_LEGACY_PICKLES):
-                _check_pickle(stream)
+            pickles = io.BytesIO(stream.read(min(size, _MAX_PICKLE_BYTES)))
+        for _ in range(_NUM_LEGACY_PICKLES):
+            _check_pickle(pickles)
         return
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -90,12 +91,11 @@ def _check_pickles(file: Path, size: int) -> None:
             raise ValueError("it is packed, as torch packs no file")
         for entry in entries:
             if entry.filename.endswith(".pkl"):
-                with archive.open(entry) as stream:
-                    _check_pickle(stream)
+                _check_pickle(io.BytesIO(archive.read(entry)))
 
 
-def _check_pickle(stream: IO[bytes]) -> None:
-    """Reads a pickle's operations without doing any of them."""
+def _check_pickle(stream: io.BytesIO) -> None:
+    """Reads a pickle's operations without doing any of them; in memory, as a file's `read` takes whatever length it is told."""
     begin, memory = stream.tell(), 0
     for operation, argument, place in pickletools.genops(stream):
         memory += _MEMORY_OF.get(operation.name, 0)
