@@ -28,6 +28,7 @@ setup(
         "plots": ["matplotlib"],
         "quantized": ["bitsandbytes"],
         "dev": [
+            "hypothesis",
             "mypy==2.4.1",
             "pytest>=8",
             "pytest-xdist>=3.6",

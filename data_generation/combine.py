@@ -19,7 +19,7 @@ from parts.command_line import flag, parse_flags, speaker
 from parts.conversation_rows import ConversationRow, dump_row, parse_conversation
 from parts.file_command import check_paths, run_command, write_whole
 from parts.prompt_files import InputError, id_key, parse_json
-from parts.raw_rows import ARCHIVES
+from parts.raw_rows import ARCHIVES, lines_of
 
 say = speaker(__file__)
 SUFFIX_DIGITS = 8
@@ -197,9 +197,9 @@ def read_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
         raise InputError(
             f"{path}: found a compressed file, expected one that can be read in any order; unpack it first"
         )
-    with path.open("rb") as lines:
+    with path.open("rb") as file:
         offset = 0
-        for count, line in enumerate(lines, 1):
+        for count, line in enumerate(lines_of(file, path), 1):
             if not line.isspace():
                 yield f"{path}:{count}", offset, line
             offset += len(line)

@@ -16,7 +16,7 @@ from parts.command_line import flag, number, parse_flags, speaker
 from parts.conversation_rows import parse_conversation
 from parts.file_command import check_paths, run_command, write_whole
 from parts.prompt_files import InputError, id_key
-from parts.raw_rows import open_bytes
+from parts.raw_rows import lines_of, open_bytes
 
 say = speaker(__file__)
 TRAIN, EVAL, REMOVED, BLANK = range(4)
@@ -44,8 +44,8 @@ class Settings:
 
 def read_lines(path: Path) -> Iterator[bytes]:
     """Streams the lines of a file, each with its line break."""
-    with open_bytes(path) as lines:
-        for line in lines:
+    with open_bytes(path) as file:
+        for line in lines_of(file, path):
             yield line if line.endswith(b"\n") else line + b"\n"
 
 

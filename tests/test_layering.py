@@ -42,6 +42,8 @@ STAYS_LIGHT = {
     "measuring.tree_search",
     "model.checkpoints",
     "model.file_names",
+    "model.inside",
+    "model.json_files",
     "model.secrets",
     "processor",
     "serving.formats",

@@ -16,10 +16,13 @@ from typing import Any
 
 import aiohttp
 
+from parts.raw_rows import parse_json
 from parts.secrets import HIDDEN, split_credentials, without_secrets
 
 RETRIED_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})
 BROKEN_OFF = frozenset({"abort", "content_filter", "error"})  # finish reasons of an answer that is not whole
+LONGEST_WAIT_S = 3600.0  # of a Retry-After; a server that asks for more is asked again after it
+MAX_ANSWER_BYTES = 1 << 26
 CHAT, COMPLETIONS = "chat/completions", "completions"
 DEFAULT_API_KEY_ENV = "OPENAI_API_KEY"
 
@@ -81,9 +84,14 @@ def asked_wait_s(retry_after: str | None) -> float:
     except ValueError:
         try:
             wait_s = parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, TypeError, IndexError, OverflowError, OSError):
             return 0.0
-    return wait_s if 0 < wait_s < math.inf else 0.0
+    return min(wait_s, LONGEST_WAIT_S) if 0 < wait_s < math.inf else 0.0
+
+
+def are_tokens(ids: Any) -> bool:
+    """Tells whether token ids are a list of whole numbers, or not there."""
+    return ids is None or (isinstance(ids, list) and all(type(index) is int and 0 <= index < 1 << 31 for index in ids))
 
 
 def read_api_key(variable: str) -> str:
@@ -137,7 +145,7 @@ class ChatServer:
             hint = "check the URL and the API key, and name the model with --model if the server lists none"
             raise ServerError(f"{url}: found HTTP {status}, expected a list of models; {hint}")
         try:
-            entries = {str(entry["id"]): str(entry.get("root") or "") for entry in json.loads(raw)["data"]}
+            entries = {str(entry["id"]): str(entry.get("root") or "") for entry in parse_json(raw, "list")["data"]}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if self.wanted_model:
                 return
@@ -187,7 +195,12 @@ class ChatServer:
             async with self.session.request(
                 method, url, data=request, headers=self.headers, allow_redirects=False
             ) as response:
-                return response.status, await response.read(), response.headers.get("Retry-After")
+                raw = bytearray()
+                async for chunk in response.content.iter_any():
+                    raw += chunk
+                    if len(raw) > MAX_ANSWER_BYTES:
+                        raise PassingError(f"found more than {MAX_ANSWER_BYTES:,} bytes, expected an answer")
+                return response.status, bytes(raw), response.headers.get("Retry-After")
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
             raise ServerError(f"found the URL {shorten(str(error))}, expected one like http://host:8000/v1") from error
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
@@ -197,7 +210,7 @@ class ChatServer:
     def parse_answer(self, raw: bytes, may_be_empty: bool) -> Answer:
         """Reads a response; raises RowError if it says that there is no whole answer, PassingError if it is none."""
         try:
-            body = json.loads(raw)
+            body = parse_json(raw, "answer")
             choice = body["choices"][0]
             message = choice["message"] if "message" in choice else {"content": choice["text"]}
             text, finish_reason = message.get("content"), choice.get("finish_reason")
@@ -210,6 +223,11 @@ class ChatServer:
             f"{text}{reasoning}{finish_reason}".encode()  # half of a surrogate pair could not be written
             if not isinstance(finish_reason, str | None):
                 raise TypeError("finish_reason is no string")
+            if not isinstance(text, str | None):
+                raise TypeError("the text is no string")
+            answer_ids = choice.get("token_ids")
+            if not (are_tokens(prompt_ids) and are_tokens(answer_ids)):
+                raise TypeError("token ids are no whole numbers")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
             raise PassingError(f"found {self.quote(raw)!r}, expected a completion") from error
         if finish_reason in BROKEN_OFF:
@@ -224,7 +242,7 @@ class ChatServer:
             self.model,
             str(reasoning),
             prompt_ids,
-            choice.get("token_ids"),
+            answer_ids,
         )
 
     def quote(self, raw: bytes) -> str:

@@ -1,58 +1,25 @@
 """A model's own chat template, rendered as transformers renders it, and read back.
 
-Needs jinja2; huggingface_hub only where a template is to be fetched from the hub. No torch, no transformers.
+Needs jinja2 where it is rendered; huggingface_hub only where a template is to be fetched from the hub. No torch, no transformers.
 """
 
 import json
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-
 from parts.prompt_files import InputError, Turn, parse_json
+from parts.raw_rows import check_depth, optional_module
+from parts.template_process import TemplateError, TemplateProcess
 from parts.turn_markers import TurnMarkers
 from parts.turn_reader import SplitText, TurnReader
 
 USER_WORD = "userTurnBeginsHereWord"
-# What an expression in a template may raise besides jinja2's own errors, such as None + "text".
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
-
+LARGEST_TEMPLATE, LARGEST_FILE = 1 << 20, 1 << 28  # bytes
+TEMPLATES = TemplateProcess()
 Fetch = Callable[[str], Path | None]  # name of a tokenizer's file -> where it is, None if the tokenizer has none
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """Lets {% generation %} ... {% endgeneration %}, with which templates mark answers, render as what is inside."""
-
-    tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """Returns what is inside the tag."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def raise_exception(message: str) -> None:
-    """Lets templates refuse messages."""
-    raise jinja2.TemplateError(message)
-
-
-def to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Writes JSON; jinja2's own filter would escape HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def local_files(directory: Path) -> Fetch:
@@ -90,11 +57,26 @@ def hub_files(name: str) -> Fetch:
     return fetch
 
 
+def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
+    """Reads a file, or raises InputError if it is too large to be what it should be."""
+    if path.stat().st_size > largest:
+        raise InputError(f"{path}: found {path.stat().st_size:,} bytes, expected at most {largest:,}")
+    return path.read_bytes()
+
+
+def read_text(path: Path, largest: int = LARGEST_FILE) -> str:
+    """Reads a text file, or raises InputError."""
+    try:
+        return read_bytes(path, largest).decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: found no text ({error}), expected UTF-8") from error
+
+
 def read_object(path: Path | None) -> dict[str, Any]:
     """Reads a JSON object; an empty one if there is no file."""
     if path is None:
         return {}
-    value = parse_json(path.read_bytes(), str(path))
+    value = parse_json(read_bytes(path), str(path))
     if not isinstance(value, dict):
         raise InputError(f"{path}: found {shorten(value)}, expected an object")
     return value
@@ -114,12 +96,12 @@ def read_special_tokens(fetch: Fetch) -> dict[str, str]:
 def read_template(fetch: Fetch) -> str | None:
     """Returns the text of a tokenizer's default chat template, None if it has none."""
     if path := fetch("chat_template.jinja"):
-        return path.read_text(encoding="utf-8")
+        return read_text(path, LARGEST_TEMPLATE)
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = read_object(fetch(name)).get("chat_template")
         if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
+            entries = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+            template = next((entry.get("template") for entry in entries), None)
         if isinstance(template, str):
             return template
     return None
@@ -133,11 +115,15 @@ def adds_bos(fetch: Fetch, bos: str) -> bool:
     path = fetch("tokenizer.json")
     if path is None:
         return True
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     start = text.find('"post_processor":')  # the file is large, this part of it is small
     if start < 0:
         return False
-    post_processor, _ = json.JSONDecoder().raw_decode(text[start : start + 100_000].partition(":")[2].lstrip())
+    try:
+        post_processor, _ = json.JSONDecoder().raw_decode(text[start : start + 100_000].partition(":")[2].lstrip())
+        check_depth(post_processor, str(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: found a damaged post_processor ({error}), expected JSON") from error
     return bos in json.dumps(post_processor, ensure_ascii=False)
 
 
@@ -156,16 +142,12 @@ class ChatTemplate:
         Raises:
             InputError: If the text is no template.
         """
-        self.special_tokens, self.source, self.strips_bos = special_tokens, source, strips_bos
-        self.dates: set[str] = set()
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = to_json
-        environment.globals |= {"raise_exception": raise_exception, "strftime_now": self.strftime_now}
+        optional_module("jinja2", source)
+        self.template, self.special_tokens, self.source, self.strips_bos = template, special_tokens, source, strips_bos
+        self.dates: set[str] = set()  # that the template wrote, which are others on another day
         try:
-            self.compiled = environment.from_string(template)
-        except jinja2.TemplateError as error:
+            TEMPLATES.ask(template, None)
+        except TemplateError as error:
             raise InputError(f"{source}: found no valid chat template ({error}), expected jinja2") from error
 
     @classmethod
@@ -185,19 +167,13 @@ class ChatTemplate:
         if looks_local and not (is_file or path.is_dir()):
             raise InputError(f"found '{name_or_path}', expected a tokenizer's directory or a template's .jinja file")
         fetch = local_files(path.parent if is_file else path) if looks_local else hub_files(name_or_path)
-        template = path.read_text(encoding="utf-8") if is_file else read_template(fetch)
+        template = read_text(path, LARGEST_TEMPLATE) if is_file else read_template(fetch)
         if template is None:
             advice = "put a chat_template.jinja beside its files and name that directory: --tokenizer DIR"
             raise InputError(f"{name_or_path}: found no chat template, expected one; {advice}")
         tokens = read_special_tokens(fetch)
         bos = tokens.get("bos_token", "")
         return cls(template, tokens, name_or_path, strips_bos=bool(bos) and adds_bos(fetch, bos))
-
-    def strftime_now(self, form: str) -> str:
-        """Gives templates the current date, and keeps what it gave: it is another one on another day."""
-        date = datetime.now().strftime(form)
-        self.dates.add(date)
-        return date
 
     def render(self, messages: Sequence[Turn], add_generation_prompt: bool = False, **template_kwargs: Any) -> str:
         """Renders messages; equals the text of transformers' `apply_chat_template(..., tokenize=False)`.
@@ -210,14 +186,17 @@ class ChatTemplate:
         Raises:
             InputError: If the template refuses the messages or fails; the text has its reason.
         """
-        names = {"messages": list(messages), "tools": None, "documents": None, **self.special_tokens}
+        names: dict[str, Any] = {"messages": list(messages), "tools": None, "documents": None, **self.special_tokens}
+        names |= {"add_generation_prompt": add_generation_prompt, **template_kwargs}
         try:
-            return self.compiled.render(**names, add_generation_prompt=add_generation_prompt, **template_kwargs)
-        except TEMPLATE_ERRORS as error:
+            text, dates = TEMPLATES.ask(self.template, names)
+        except TemplateError as error:
             expected = "expected it to render these turns"
-            if isinstance(error, jinja2.UndefinedError) and "_token'" in str(error):
+            if error.undefined and "_token'" in str(error):
                 expected = "expected a tokenizer_config.json that defines it, in the template's directory"
             raise InputError(f"{self.source}: the chat template says '{error}', {expected}") from error
+        self.dates |= set(dates)
+        return text
 
     def user_prompt(self, messages: Sequence[Turn], strip_bos: bool = True) -> str:
         """Returns the text after which a model writes the next user turn.

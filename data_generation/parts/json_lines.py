@@ -10,7 +10,7 @@ from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
 
-from parts.raw_rows import InputError, parse_json
+from parts.raw_rows import InputError, lines_of, parse_json
 
 LINE_START = b'{"id": "'  # of every record here; a last line that does not begin so was not torn from one
 
@@ -86,8 +86,8 @@ class JsonLines:
         self.whole_bytes, self.torn_bytes, self.lacks_break = 0, 0, False
         if not self.path.exists():
             return
-        with self.path.open("rb") as lines:
-            for count, line in enumerate(lines, 1):
+        with self.path.open("rb") as file:
+            for count, line in enumerate(lines_of(file, self.path), 1):
                 self.lacks_break = not line.endswith(b"\n")
                 if self.lacks_break and is_torn(line):
                     self.torn_bytes = len(line)

@@ -7,6 +7,7 @@ import gzip
 import importlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,7 +23,20 @@ ARCHIVES = (".gz", ".zst")
 DATASET_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SHARD_NAME = re.compile(r"(.+)-\d+-of-\d+")
 CHUNK_BYTES = 1 << 16
+PACKED_BYTES = 1 << 10  # zstd unpacks four bytes to 128 KiB at the most
+MAX_ROW_BYTES = 1 << 24  # a conversation of four million tokens
+MAX_DEPTH = 64
+MEMORY_RATIO, FREE_MEMORY = 10, 1 << 22  # of values by bytes of text; small rows are not looked at so closely
+UNPACKED_RATIO, FREE_UNPACKED = 1000, 1 << 26  # gzip packs no better
+WINDOW_RATIO, FREE_WINDOW = 10, 1 << 27  # bytes; the larger is what `zstd` itself unpacks unless it is told otherwise
 BATCH_ROWS = 1000
+DAMAGED_PARQUET = (
+    LookupError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    NotImplementedError,
+)  # pyarrow's, beside ValueError
 
 
 class InputError(ValueError):
@@ -32,9 +46,31 @@ class InputError(ValueError):
 def parse_json(text: str | bytes, where: str) -> Any:
     """Parses JSON, or raises InputError with its place."""
     try:
-        return json.loads(text)
+        if memory_of(text) > FREE_MEMORY + MEMORY_RATIO * len(text):
+            raise ValueError("values that take far more memory than the text")
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: found {shorten(text)} ({error}), expected JSON") from error
+    check_depth(value, where)
+    return value
+
+
+def memory_of(text: str | bytes) -> int:
+    """Returns how many bytes Python needs at most for the values of a JSON text, without their characters."""
+    if isinstance(text, str):
+        return 240 * text.count("{") + 64 * text.count("[") + 32 * text.count('"') + 40 * text.count(",")
+    return 240 * text.count(b"{") + 64 * text.count(b"[") + 32 * text.count(b'"') + 40 * text.count(b",")
+
+
+def check_depth(value: Any, where: str) -> None:
+    """Raises InputError if a JSON value nests deeper than MAX_DEPTH; what writes it later could not follow it."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [inner for inner in level if isinstance(inner, dict | list)]
+        level = [child for inner in level for child in (inner.values() if isinstance(inner, dict) else inner)]
+        if not level:
+            return
+    raise InputError(f"{where}: found {shorten(value)}, expected at most {MAX_DEPTH} levels of lists and objects")
 
 
 def optional_module(name: str, where: str) -> Any:
@@ -56,6 +92,7 @@ class ZstdReader(io.RawIOBase):
         """Prepares to read an open file."""
         self.file = file
         self.zstandard = optional_module("zstandard", where)
+        self.max_window = max(FREE_WINDOW, WINDOW_RATIO * os.fstat(file.fileno()).st_size)
         self.frame: Any = None
         self.packed = self.text = b""
 
@@ -66,7 +103,7 @@ class ZstdReader(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         """Fills the buffer as far as the text at hand reaches; 0 at the end."""
         while not self.text:
-            self.packed = self.packed or self.file.read(CHUNK_BYTES)
+            self.packed = self.packed or self.file.read(PACKED_BYTES)
             if not self.packed:
                 if self.frame:
                     raise EOFError("it ends within a frame")
@@ -79,8 +116,9 @@ class ZstdReader(io.RawIOBase):
 
     def unpack(self) -> None:
         """Turns the packed bytes at hand into text, up to the end of the frame."""
-        if not self.frame:  # 2 GiB: whatever window `zstd --long` was told to use
-            self.frame = self.zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        if not self.frame:
+            largest = min(self.max_window, 1 << 31)  # 2 GiB: the most that `zstd --long` can be told to use
+            self.frame = self.zstandard.ZstdDecompressor(max_window_size=largest).decompressobj()
         try:
             self.text = self.frame.decompress(self.packed)
         except self.zstandard.ZstdError as error:
@@ -90,26 +128,58 @@ class ZstdReader(io.RawIOBase):
             self.frame = None
 
 
+class BoundedReader(io.RawIOBase):
+    """Reads what an archive unpacks to; EOFError where that is far more than text packs to."""
+
+    def __init__(self, unpacked: io.RawIOBase | gzip.GzipFile, packed_bytes: int) -> None:
+        """Prepares to read an archive of `packed_bytes`."""
+        self.unpacked = unpacked
+        self.most = self.left = FREE_UNPACKED + UNPACKED_RATIO * packed_bytes
+
+    def readable(self) -> bool:
+        """Says yes, to io.BufferedReader."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fills the buffer as far as the text at hand reaches; 0 at the end."""
+        count = self.unpacked.readinto(buffer) or 0
+        self.left -= count
+        if self.left < 0:
+            raise EOFError(f"it unpacks to more than {self.most:,} bytes")
+        return count
+
+
 @contextmanager
 def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     """Opens a file that may be compressed; InputError if the archive is damaged."""
     try:
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             match path.suffix.lower():
                 case ".gz":
-                    yield io.BufferedReader(gzip.GzipFile(fileobj=file), CHUNK_BYTES)
+                    yield io.BufferedReader(BoundedReader(gzip.GzipFile(fileobj=file), size), CHUNK_BYTES)
                 case ".zst":
-                    yield io.BufferedReader(ZstdReader(file, str(path)), CHUNK_BYTES)
+                    yield io.BufferedReader(BoundedReader(ZstdReader(file, str(path)), size), CHUNK_BYTES)
                 case _:
                     yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: found a damaged archive ({error}), expected a whole one; fetch it again") from error
 
 
+def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Streams the lines of an open file, each with its break; InputError if one is too long to be a row."""
+    count = 0
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        count += 1
+        if len(line) > MAX_ROW_BYTES:
+            raise InputError(f"{path}:{count}: found a line of more than {MAX_ROW_BYTES:,} bytes, expected rows")
+        yield line
+
+
 def read_lines(path: Path, parse: Callable[[str, str], Any]) -> Iterator[RawRow]:
     """Streams the lines that are not empty, each with its place and parsed."""
-    with open_bytes(path) as lines:
-        for count, raw in enumerate(lines, 1):
+    with open_bytes(path) as file:
+        for count, raw in enumerate(lines_of(file, path), 1):
             where = f"{path}:{count}"
             try:
                 line = raw.decode().removeprefix("\ufeff").rstrip("\r\n")
@@ -119,22 +189,50 @@ def read_lines(path: Path, parse: Callable[[str, str], Any]) -> Iterator[RawRow]
                 yield where, parse(line, where)
 
 
+class RowMeter:
+    """Hands out a file, and measures what was read since a row began."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        """Starts at the first row."""
+        self.file, self.path = file, path
+        self.next_row()
+
+    def next_row(self) -> None:
+        """Starts anew."""
+        self.bytes = self.memory = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads on; InputError if there is too much for one row."""
+        chunk = self.file.read(CHUNK_BYTES if size < 0 else min(size, CHUNK_BYTES))
+        self.bytes += len(chunk)
+        self.memory += memory_of(chunk)
+        if self.bytes > MAX_ROW_BYTES or self.memory > FREE_MEMORY + MEMORY_RATIO * self.bytes:
+            raise InputError(f"{self.path}: found a row that takes too much memory, expected one of less")
+        return chunk
+
+
 def read_array(path: Path) -> Iterator[RawRow]:
     """Streams the elements of a JSON list."""
     ijson = optional_module("ijson", str(path))
     with open_bytes(path) as text:
         head = text.peek(1)[:1]
-        while head and head in b" \t\r\n\xef\xbb\xbf":  # white space, or the mark that some editors put first
+        for _ in range(CHUNK_BYTES):
+            if not head or head not in b" \t\r\n\xef\xbb\xbf":  # white space, or the mark that some editors put first
+                break
             text.read(1)
             head = text.peek(1)[:1]
         if head != b"[":
             expected = "expected a list of rows (one object a line belongs in a .jsonl file)"
             raise InputError(f"{path}: found {shorten(text.read(80).decode(errors='replace'))}, {expected}")
-        count = 0
+        count, meter = 0, RowMeter(text, path)
         try:
-            for count, record in enumerate(ijson.items(text, "item", use_float=True), 1):
+            for count, record in enumerate(ijson.items(meter, "item", use_float=True), 1):
+                meter.next_row()
+                check_depth(record, f"{path}: row {count}")
                 yield f"{path}: row {count}", record
-        except ijson.JSONError as error:
+        except InputError:
+            raise
+        except (ijson.JSONError, ValueError) as error:
             cause = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
             raise InputError(f"{path}: row {count + 1}: found {cause.splitlines()[0]}, expected JSON") from error
 
@@ -189,7 +287,7 @@ def read_parquet(data_path: str, split: str | None, wanted: tuple[str, ...]) -> 
     parquet = optional_module("pyarrow.parquet", data_path)
     for path in pick_split(data_path, parquet_splits(Path(data_path)), split):
         with (
-            explained(f"{path}: found something that cannot be read as parquet"),
+            explained(f"{path}: found something that cannot be read as parquet", *DAMAGED_PARQUET),
             # Through a buffer: a group of rows can be as large as the file, and would be read as a whole.
             parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file,
         ):

@@ -16,6 +16,7 @@ SYSTEM_WORD = "systemProbeWord"
 WORDS = tuple(f"{role}Probe{count}Word" for count in range(PROBE_ROUNDS) for role in ("user", "assistant"))
 CHAT = tuple({"role": word.partition("Probe")[0], "content": word} for word in WORDS)
 A_DATE = r"[^\n]{1,64}?"
+MOST_DATES = 3  # in one mark: a day, a time and a year
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class Literal:
     def pattern(self, dates: Collection[str] = ()) -> str:
         """Returns a regular expression for core and trail; other dates may stand in place of the given ones."""
         core, trail = re.escape(self.core), re.escape(self.trail)
-        for date in sorted(dates, key=len, reverse=True):
-            core = core.replace(re.escape(date), A_DATE)
+        known = "|".join(re.escape(date) for date in sorted(dates, key=len, reverse=True))
+        parts = re.split(known, self.core) if known else []
+        if 1 < len(parts) <= MOST_DATES + 1:  # each more multiplies the ways to read a text
+            core = A_DATE.join(map(re.escape, parts))
         ends_in_word = self.core[-1:].isalnum()  # "user" is not to be found in "users"
         return core + (rf"(?:{trail}|\Z)" if ends_in_word else f"(?:{trail})?")
 

@@ -50,6 +50,14 @@ class TurnReader:
         self.stops = {role: re.compile(self.stop_pattern(role)) for role in markers.boundaries}
 
     @cached_property
+    def longest_mark(self) -> int:
+        """Characters of the longest mark with what may stand before it."""
+        literals = [begin for boundary in self.markers.boundaries.values() for begin in boundary.begins]
+        literals += [head for head, _ in self.markers.heads]
+        longest = max(len(literal.whole) for literal in literals)
+        return longest + len(self.markers.bos) + len(self.markers.eos) + 1
+
+    @cached_property
     def headers(self) -> list[str]:
         """The marks that belong into no content. Plain words are left out: a text may well speak of a "USER:"."""
         boundaries = self.markers.boundaries.values()
@@ -108,7 +116,7 @@ class TurnReader:
         begins = self.markers.boundaries[role].begins
         if begins[0].core:
             position = self.gap_pattern.match(text, position).end()  # type: ignore[union-attr]
-            if self.is_torn(text[position:], begins):
+            if self.is_torn(text[position : position + self.longest_mark], begins):  # all of a long text is none
                 return -1, ""
         for begin in begins:
             if found := re.compile(begin.pattern()).match(text, position):

@@ -15,7 +15,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
+
+from axolotl_medusa.model.json_files import parse_json
 
 Choice = tuple[int, ...]
 """Ranks from the root down: rank r at depth d (from 1) is the (r + 1)-th best token of head d - 1."""
@@ -23,6 +26,9 @@ Choice = tuple[int, ...]
 DEFAULT_NODES = 64
 DEFAULT_TOP_K = 10
 """Ranks of a head that trees choose from unless told otherwise."""
+
+MAX_NODES, MAX_DEPTH, MAX_TOP_K = 1024, 64, 1000
+"""Of a tree that is read or named: a step of 1,024 tokens is slower than plain decoding on any machine."""
 
 TYPICAL_TOP1 = (0.560, 0.316, 0.201, 0.147, 0.118)
 """Top-1 accuracy of heads 0 to 4 of Medusa-1 on Vicuna-7B, as published with the first public Medusa release."""
@@ -56,14 +62,16 @@ class Tree:
                 or not choice
                 or not all(map(_is_rank, choice))
             ):
-                raise ValueError(f"tree has the choice {choice!r}, expected ranks from 0 such as [0, 2], one per head")
+                raise ValueError(
+                    f"tree has the choice {shorten(choice)}, expected ranks from 0 such as [0, 2], one per head"
+                )
             if tuple(choice) in found:
-                raise ValueError(f"tree has the choice {list(choice)} twice, expected each once: delete one")
+                raise ValueError(f"tree has the choice {shorten(list(choice))} twice, expected each once: delete one")
             found.add(tuple(choice))
         for node in found:
             if len(node) > 1 and node[:-1] not in found:
                 raise ValueError(
-                    f"tree has the choice {list(node)} without its parent {list(node[:-1])}: add the parent"
+                    f"tree has the choice {shorten(list(node))} without its parent {shorten(list(node[:-1]))}: add the parent"
                 )
         return cls(tuple(sorted(found, key=_order)))
 
@@ -203,17 +211,19 @@ def named_tree(name: str | Path, num_heads: int) -> Tree:
         ValueError: It is none of them, or does not fit the heads.
     """
     kind, _, size = str(name).partition("-")
+    is_size = not size or (size.isdecimal() and len(size) <= len(str(MAX_NODES)) and int(size) <= MAX_NODES)
     if name == "none":
         tree = Tree()
-    elif kind == "chain" and (not size or size.isdecimal()):
+    elif kind == "chain" and is_size:
         tree = chain(int(size) if size else num_heads)
-    elif kind == "default" and (not size or size.isdecimal()):
+    elif kind == "default" and is_size:
         tree = default_tree(num_heads, int(size) if size else DEFAULT_NODES)
     elif Path(name).is_file():
         tree = read_tree(name)
     else:
         raise ValueError(
-            f"unknown tree {name}: expected none, chain, chain-N, default, default-N, or a JSON file that is there"
+            f"unknown tree {name}: expected none, chain, chain-N, default, default-N (N up to {MAX_NODES}), or a JSON file "
+            "that is there"
         )
     tree.check_fits(num_heads)
     return tree
@@ -226,16 +236,20 @@ def read_tree(file: str | Path) -> Tree:
         ValueError: It is missing, not JSON, or not a tree.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = parse_json(Path(file).read_bytes(), str(file))
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}): expected a tree's JSON file") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): expected a tree's JSON file") from error
     choices = content.get("choices") if isinstance(content, dict) else content
     if not isinstance(choices, list):
         raise ValueError(f'{file} holds no list of choices: expected {{"choices": [[0], [1], [0, 0]]}}')
+    if len(choices) >= MAX_NODES:
+        raise ValueError(f"{file} has {len(choices)} choices, expected fewer than {MAX_NODES}: take a smaller tree")
     try:
-        return Tree.from_choices(choices)
+        tree = Tree.from_choices(choices)
+        if tree.top_k > MAX_TOP_K or tree.depth > MAX_DEPTH:
+            found = f"rank {tree.top_k - 1} at most and depth {tree.depth}"
+            raise ValueError(f"tree has {found}, expected ranks below {MAX_TOP_K} and a depth up to {MAX_DEPTH}")
+        return tree
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

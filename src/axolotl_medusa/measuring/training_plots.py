@@ -5,14 +5,15 @@ Contract: reads the trainer_state.json that training leaves in a checkpoint, and
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
 from axolotl_medusa.measuring.plots import check_matplotlib, check_plots, save_plot
 from axolotl_medusa.model.checkpoints import checkpoints
+from axolotl_medusa.model.json_files import read_value
 
 TRAINING_PLOTS = {
     "training_loss.png": (r"base_loss|medusa\d+_loss", "loss"),
@@ -22,6 +23,8 @@ TRAINING_PLOTS = {
 """Files, the metrics that each shows, and what its axis is called; `eval_` before a name is the evaluation's."""
 
 _STATE = "trainer_state.json"
+_LARGEST = 1e30
+"""Values beyond, infinity among them, cannot be drawn."""
 
 
 def write_training_plots(output_dir: str | Path, directory: str | Path) -> list[Path]:
@@ -78,10 +81,18 @@ def trainer_state(output_dir: str | Path) -> Path:
 
 def _log_history(state: Path) -> Sequence[Mapping[str, Any]]:
     try:
-        history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+        history = read_value(state)["log_history"]
+        if not isinstance(history, list):
+            raise TypeError(f"log_history is {shorten(history)}")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{state} is not what a Trainer writes ({type(error).__name__}: {error})") from error
-    return [entry for entry in history if "step" in entry]
+        cause = error.__cause__ or error
+        raise ValueError(f"{state} is not what a Trainer writes ({type(cause).__name__}: {cause})") from error
+    return [entry for entry in history if isinstance(entry, dict) and _is_number(entry.get("step"))]
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value can be drawn; NaN can, a picture leaves it out."""
+    return isinstance(value, int | float) and not abs(value) > _LARGEST
 
 
 def _series(history: Sequence[Mapping[str, Any]], pattern: str) -> dict[str, list[tuple[int, float]]]:
@@ -89,6 +100,6 @@ def _series(history: Sequence[Mapping[str, Any]], pattern: str) -> dict[str, lis
     found: dict[str, list[tuple[int, float]]] = {}
     for entry in history:
         for name, value in entry.items():
-            if re.fullmatch(f"(eval_)?({pattern})", name) and isinstance(value, int | float):
+            if re.fullmatch(f"(eval_)?({pattern})", name) and _is_number(value):
                 found.setdefault(name, []).append((entry["step"], value))
     return dict(sorted(found.items()))

@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
 import torch
@@ -26,10 +27,13 @@ from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, out
 from axolotl_medusa.model.divided_parameters import fill, gathered, host_copy, is_divided, whole, whole_shape
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.heads import HEADS_NAME, HeadForm, MedusaHeads, attached_heads
+from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.secrets import without_secrets
-from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, read_json, whole_or_nothing, write_json
+from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, whole_or_nothing, write_json
 
 _VERSIONS_OF = ("axolotl-medusa", "axolotl", "torch", "transformers", "peft")
+_LARGEST_SIZE = 2**31 - 1
+"""Of a hidden state or a vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +235,7 @@ def open_heads(directory: str | Path) -> TensorFiles:
     """
     directory = Path(directory)
     files = TensorFiles.open(directory / HEADS_FILE)
-    shapes = {name: torch.empty(files.shape(name), device="meta") for name in files}
-    verify_heads(HeadsFile(shapes, read_json(directory / CONFIG_FILE)), str(directory))
+    verify_heads(HeadsFile(files.sketch(), read_json(directory / CONFIG_FILE)), str(directory))
     return files
 
 
@@ -252,6 +255,7 @@ def verify_heads(file: HeadsFile, where: str) -> None:
         raise ValueError(
             f"{where}/{CONFIG_FILE} lacks {', '.join(missing_keys)}: expected the config of a canonical directory"
         )
+    _verify_numbers(file, where)
     reference = MedusaHeads(
         config["hidden_size"],
         config["vocab_size"],
@@ -270,6 +274,36 @@ def verify_heads(file: HeadsFile, where: str) -> None:
                 f"{where}/{HEADS_FILE}: {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')} "
                 f"by {CONFIG_FILE}"
             )
+
+
+def _verify_numbers(file: HeadsFile, where: str) -> None:
+    """Checks the sizes in a config before anything is built from them: no more heads and blocks than there are tensors."""
+    config = file.config
+    limits = {
+        "hidden_size": _LARGEST_SIZE,
+        "vocab_size": _LARGEST_SIZE,
+        "medusa_num_heads": len(file.tensors),
+        "medusa_num_layers": len(file.tensors),
+    }
+    for key, most in limits.items():
+        if type(config[key]) is not int or not 1 <= config[key] <= most:
+            raise ValueError(
+                f"{where}/{CONFIG_FILE}: {key} is {shorten(config[key])}, expected a whole number from 1 to {most:,} with "
+                f"{len(file.tensors)} tensors in {HEADS_FILE}: get the directory again"
+            )
+    if not isinstance(config["original_lm_head"], bool):
+        found = shorten(config["original_lm_head"])
+        raise ValueError(f"{where}/{CONFIG_FILE}: original_lm_head is {found}, expected true or false")
+    if config["medusa_num_heads"] * config["medusa_num_layers"] > len(file.tensors):
+        raise ValueError(
+            f"{where}/{CONFIG_FILE}: medusa_num_heads is {config['medusa_num_heads']} with {config['medusa_num_layers']} blocks "
+            f"each, more than the {len(file.tensors)} tensors in {HEADS_FILE}: get the directory again"
+        )
+    whole = next((name for name, tensor in file.tensors.items() if not tensor.is_floating_point()), None)
+    if whole is not None:
+        raise ValueError(
+            f"{where}/{HEADS_FILE}: {whole} is {file.tensors[whole].dtype}, expected floating-point numbers"
+        )
 
 
 def without_heads(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,13 +10,16 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any, Literal
 
 from axolotl_medusa.model.checkpoints import checkpoints
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE
 from axolotl_medusa.model.heads import HeadForm
 from axolotl_medusa.model.heads_directory import open_heads
-from axolotl_medusa.model.tensor_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, TensorFiles, read_json
+from axolotl_medusa.model.inside import stays_inside
+from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.tensor_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, TensorFiles
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
@@ -31,6 +34,8 @@ _TOKENIZER_FILES = (
     "*.tiktoken",
     "chat_template.*",
 )
+_LONGEST_TEXT = 1000
+"""Characters of a name or path."""
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")
 _TORCH_WEIGHTS = "pytorch_model*.bin"
 """Downloaded only where a model has no safetensors: many have both."""
@@ -104,7 +109,7 @@ class Source:
         """The base model's files from the Hub, its weights in one form; looked up once."""
         from huggingface_hub import snapshot_download
 
-        revision = self.meta.get("yaml", {}).get("revision_of_model")
+        revision = yaml_value(self.meta, "revision_of_model")
         directory = Path()
         try:
             for patterns in (_DOWNLOADED, (*_DOWNLOADED, _TORCH_WEIGHTS)):
@@ -121,12 +126,15 @@ class Source:
         return directory
 
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files: those beside the heads, else of the run, else of a model that is on this disk."""
+        """The tokenizer's files: those beside the heads, else of the run, else of a model that is on this disk.
+
+        Links out of their directory are left out: an export copies these files, and may be published.
+        """
         base = Path(self.base_model).expanduser() if self.base_model else None
         for directory in (self.heads_dir, self.output_dir, self.full_model_dir, base):
             if directory is not None and directory.is_dir():
                 named = {path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
-                if found := sorted(path for path in named if path.suffix != ".py"):
+                if found := sorted(path for path in named if path.suffix != ".py" and stays_inside(path, directory)):
                     return found
         return []
 
@@ -161,10 +169,33 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
     adapter_dir, full_model_dir = (None, None) if output_dir is None else _trained_model(output_dir, meta)
     if has_trained_model and adapter_dir is None and full_model_dir is None and not (alone and base_model):
         raise ValueError(_missing_model(output_dir or heads_dir))
-    named = base_model or config.get("base_model_name_or_path")
+    named = base_model or text_value(config, "base_model_name_or_path", heads_dir / CONFIG_FILE)
     if named is None and adapter_dir is not None:
-        named = read_json(adapter_dir / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+        file = adapter_dir / ADAPTER_CONFIG_FILE
+        named = text_value(read_json(file), "base_model_name_or_path", file)
     return Source(heads_dir, config, meta, named, adapter_dir, full_model_dir, output_dir)
+
+
+def text_value(config: Mapping[str, Any], key: str, where: object) -> str | None:
+    """A text in a config, None where it is not there.
+
+    Raises:
+        ValueError: It is no text of one line, as names and paths are.
+    """
+    value = config.get(key)
+    if value is None or (isinstance(value, str) and value.isprintable() and len(value) < _LONGEST_TEXT):
+        return value
+    raise ValueError(f"{where}: {key} is {shorten(value)}, expected a name or path, or no such key")
+
+
+def yaml_value(meta: Mapping[str, Any], key: str) -> str | None:
+    """A text in the YAML that training wrote into `medusa_meta.json`, None where it is not there.
+
+    Raises:
+        ValueError: It is no text of one line.
+    """
+    yaml = meta.get("yaml")
+    return text_value(yaml, key, f"the yaml in {META_FILE}") if isinstance(yaml, Mapping) else None
 
 
 def _directories(path: Path) -> tuple[Path, Path | None]:
@@ -198,7 +229,7 @@ def _trained_model(output_dir: Path, meta: Mapping[str, Any]) -> tuple[Path | No
     """Directories of the adapter and of the full model that a run's heads need, each None if they need none."""
     if meta.get("recipe") == "medusa-1":
         # Medusa-1 writes no model; it may have trained on top of an adapter that was there before.
-        adapter = meta.get("yaml", {}).get("lora_model_dir")
+        adapter = yaml_value(meta, "lora_model_dir")
         return (None if adapter is None else Path(adapter).expanduser()), None
     has_adapter = (output_dir / ADAPTER_CONFIG_FILE).is_file()
     has_full_model = any((output_dir / name).is_file() for name in _FULL_MODEL_FILES)

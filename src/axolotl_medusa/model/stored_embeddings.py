@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from axolotl_medusa.model.file_names import CONFIG_FILE
-from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, read_json
+from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
 
 _HEAD_OF = {
     "embed_tokens": "lm_head",
@@ -56,6 +57,9 @@ def stored_embeddings(tensors: dict[str, LazyTensor], config: dict[str, Any], or
         )
     own_head = _HEAD_OF[module_of(tokens)]
     head = nearest([own_head])
+    for name in (tokens, head or tokens):
+        if len(tensors[name].shape) != 2:
+            raise ValueError(f"{origin}: {name} is {tensors[name].shape}, expected a matrix [vocab_size, hidden_size]")
     says_tied = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
     if head is None and says_tied is False:
         raise ValueError(

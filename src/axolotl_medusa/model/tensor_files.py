@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from axolotl_medusa.model.inside import stays_inside
+from axolotl_medusa.model.json_files import parse_json, read_json
+from axolotl_medusa.model.torch_files import DAMAGE, check_torch_file
 
 SAFETENSORS_FILE = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -48,6 +51,11 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _RANKS = {dtype: rank for rank, dtype in enumerate(_DTYPES.values())}
 _MAX_HEADER_BYTES = 100_000_000
 """safetensors refuses longer headers."""
+_LARGEST_SIZE = 2**62
+"""Of a dimension, and of all of a shape: torch counts in 64 bits."""
+_MAX_RANK = 64
+_LONGEST_NAME = 500
+"""Characters of a tensor's name, and of what messages quote."""
 
 
 class LazyTensor(NamedTuple):
@@ -144,6 +152,10 @@ class TensorFiles(Mapping[str, LazyTensor]):
         """Reads one tensor."""
         return self[name].load()
 
+    def sketch(self) -> dict[str, Tensor]:
+        """All tensors by name with their shapes and types, on the meta device: none is read."""
+        return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in self.items()}
+
     def file(self, name: str) -> Path:
         """The file that holds one tensor."""
         return self._file_of[self[name].name]
@@ -170,12 +182,20 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is damaged ({error!r}): expected a weight_map of tensor names to files") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise ValueError(f"{index} names {missing[0]}, which is not beside it: complete the download")
+        weight_map = read_json(index).get("weight_map")
+        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{index} is damaged ({error}): expected a weight_map of tensor names to files") from error
+    if not names:
+        raise ValueError(f"{index} is damaged: expected a weight_map of tensor names to files")
+    for name in names:
+        if not _is_name(name) or name != Path(name).name:
+            shown = ascii(name)[:_LONGEST_NAME]
+            raise ValueError(f"{index} names {shown}, expected the name of a file beside it: get the index again")
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index} names {name}, which is not beside it: complete the download")
+        if not stays_inside(index.parent / name, index.parent):
+            raise ValueError(f"{index} names {name}, a link to a file elsewhere: put the file itself there")
     return [index.parent / name for name in names]
 
 
@@ -191,19 +211,39 @@ def _safetensors(file: Path) -> list[LazyTensor]:
         if length > min(_MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"{file} is not a safetensors file, or only a part of one: get it again")
         header_bytes = stream.read(length)
-    tensors = []
     try:
-        header: dict[str, Any] = json.loads(header_bytes)
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-            begin, end = entry["data_offsets"]
-            tensor = _safetensor(file, name, entry, 8 + length + begin)
-            if tensor.num_bytes != end - begin or 8 + length + end > size:
-                raise ValueError(f"{name} has {end - begin} bytes up to {8 + length + end} of {size}")
-            tensors.append(tensor)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error!r}): get it again") from error
+        return _described_tensors(file, parse_json(header_bytes, "its header"), 8 + length, size)
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        reason = ascii(error if isinstance(error, ValueError) else repr(error))[:_LONGEST_NAME]
+        raise ValueError(f"{file} is not a whole safetensors file ({reason}): get it again") from error
+
+
+def _described_tensors(file: Path, header: dict[str, Any], start: int, size: int) -> list[LazyTensor]:
+    """The tensors of a header, which lie one after the other and fill the file, as safetensors itself demands."""
+    header.pop("__metadata__", None)
+    end, tensors = 0, []
+    for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        begin, previous, (_, end) = entry["data_offsets"][0], end, entry["data_offsets"]
+        if not _is_name(name) or not all(_is_size(value) for value in (begin, end, *entry["shape"])):
+            raise ValueError(f"{name} is {entry}")
+        if len(entry["shape"]) > _MAX_RANK or math.prod(max(1, dim) for dim in entry["shape"]) > _LARGEST_SIZE:
+            raise ValueError(f"{name} has the shape {entry['shape']}")
+        tensor = _safetensor(file, name, entry, start + begin)
+        if begin != previous or tensor.num_bytes != end - begin or start + end > size:
+            raise ValueError(f"{name} has {end - begin} bytes after {previous} up to {start + end} of {size}")
+        tensors.append(tensor)
+    if start + end != size:
+        raise ValueError(f"{size - start - end} bytes belong to no tensor")
     return tensors
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST_SIZE
+
+
+def _is_name(name: Any) -> bool:
+    """Whether a tensor's name can be one: it also stands in messages, of one line."""
+    return isinstance(name, str) and len(name) <= _LONGEST_NAME and name.isprintable()
 
 
 def _safetensor(file: Path, name: str, entry: Mapping[str, Any], offset: int) -> LazyTensor:
@@ -233,6 +273,7 @@ def _torch_tensors(file: Path) -> list[LazyTensor]:
             name, tensor.dtype, tuple(tensor.shape), lambda: _torch_file(file)[name].detach().contiguous()
         )
 
+    check_torch_file(file)
     return [lazy(name, tensor) for name, tensor in _torch_file(file).items()]
 
 
@@ -240,7 +281,7 @@ def _torch_file(file: Path) -> dict[str, Tensor]:
     try:
         # Files of torch before 1.6 are no zip archives and cannot be mapped.
         content = torch.load(file, weights_only=True, mmap=zipfile.is_zipfile(file), map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except DAMAGE as error:
         reason = str(error).split("\n")[0][:120]
         raise ValueError(
             f"{file} cannot be read as plain tensors ({reason}): pickled code is never run; "
@@ -249,9 +290,10 @@ def _torch_file(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} holds a {type(content).__name__}, expected a dictionary of tensors (a state dict)")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not _is_name(name) or not isinstance(value, Tensor):
+            shown = ascii(name)[:_LONGEST_NAME]
             raise ValueError(
-                f"{file} holds a {type(value).__name__} under {name!r}, expected tensors by name; save its state dict alone"
+                f"{file} holds a {type(value).__name__} under {shown}, expected tensors by name; save its state dict alone"
             )
     return dict(content)
 
@@ -328,23 +370,6 @@ def write_torch_file(path: str | Path, tensors: Iterable[LazyTensor]) -> None:
     """Writes a state dict with `torch.save`, for consumers that read nothing else; holds all of it in memory."""
     with whole_or_nothing(Path(path)) as part:
         torch.save({tensor.name: _loaded(tensor).clone() for tensor in tensors}, part)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object.
-
-    Raises:
-        ValueError: The file is missing, or is anything else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing: complete the directory") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): get it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")
-    return content
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -17,9 +17,10 @@ import torch
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.heads import HeadForm, MedusaHeads
 from axolotl_medusa.model.heads_directory import HeadsFile, heads_config, verify_heads
+from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.secrets import without_secrets
-from axolotl_medusa.model.sources import Source
-from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, read_json, write_json, write_tensors
+from axolotl_medusa.model.sources import Source, text_value
+from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, write_json, write_tensors
 from axolotl_medusa.serving.formats import OUTPUT_LAYER, TORCH_HEADS_FILE, HeadTensor, parse
 from axolotl_medusa.serving.served_model import lm_head
 
@@ -49,8 +50,9 @@ class _Found:
     @property
     def canonical_config(self) -> dict[str, Any]:
         """The config that the heads had before this package exported them, empty for other heads."""
-        config: dict[str, Any] = self.meta.get("export", {}).get("config", {})
-        return config
+        export = self.meta.get("export")
+        config = export.get("config") if isinstance(export, dict) else None
+        return config if isinstance(config, dict) else {}
 
     def outputs(self) -> list[LazyTensor]:
         """The output layers that are there, by head."""
@@ -80,7 +82,8 @@ def import_heads(directory: str | Path, out: str | Path, base_model: str | None 
     _check_out(out)
     found = _find(Path(directory))
     base = base_model or _base_model(found)
-    tensors, form = _canonical_tensors(found, base_model or found.config.get("base_model_name_or_path") or base)
+    named = text_value(found.config, "base_model_name_or_path", found.where / CONFIG_FILE)
+    tensors, form = _canonical_tensors(found, base_model or named or base)
     notes = [f"{found.num_heads} heads of {found.num_layers} residual blocks, {form}"]
     if not any(place.kind == "linear.bias" for place in found.tensors):
         notes.append("the blocks have no biases: zeros were added, which compute the same")
@@ -168,11 +171,16 @@ def _find(path: Path) -> _Found:
         )
     if surplus and not in_model:
         raise ValueError(_surplus_message(path, surplus[0]))
-    num_layers = max(layers) + 1
+    num_heads, num_layers = max(place.head for place in tensors) + 1, max(layers) + 1
+    if num_heads * num_layers > len(tensors):
+        raise ValueError(
+            f"{path} has {len(tensors)} tensors of heads, expected {num_heads} heads of {num_layers} residual blocks as its names "
+            "say: get it again"
+        )
     return _Found(
         where,
         {_with_layer(place, num_layers): tensor for place, tensor in tensors.items()},
-        max(place.head for place in tensors) + 1,
+        num_heads,
         num_layers,
         in_model,
         _json(where / CONFIG_FILE) or _json(where / "adapter_config.json"),
@@ -201,8 +209,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _base_model(found: _Found) -> str:
     for config in (found.canonical_config, found.config):
-        if name := config.get("base_model_name_or_path"):
-            return str(name)
+        if name := text_value(config, "base_model_name_or_path", found.where / CONFIG_FILE):
+            return name
     if found.in_model:
         return str(found.where)
     raise ValueError(
@@ -224,6 +232,13 @@ def _canonical_tensors(found: _Found, served: str) -> tuple[list[LazyTensor], He
         if place.kind != "weight"
     ]
     weights = [tensor for tensor in tensors if tensor.name.endswith("weight")]
+    for weight in weights:
+        if len(weight.shape) != 2:
+            raise ValueError(f"{found.where}: {weight.name} is {weight.shape}, expected a matrix: get the heads again")
+    if not weights:
+        raise ValueError(
+            f"{found.where} has biases of residual blocks and no weights, expected both: get the heads again"
+        )
     if len(weights) == len(tensors):
         tensors += [_zero_bias(weight) for weight in weights]
     outputs = found.outputs()
@@ -279,6 +294,8 @@ def _config(found: _Found, tensors: dict[str, LazyTensor], form: HeadForm, base_
         raise ValueError(
             f"{found.where}: head 0 has no {missing}, expected {found.num_heads} whole heads; get it again"
         )
+    if len(output.shape) != 2:
+        raise ValueError(f"{found.where}: {output.name} is {output.shape}, expected a matrix: get the heads again")
     heads = MedusaHeads(
         block.shape[-1], output.shape[0], found.num_heads, found.num_layers, form, device=torch.device("meta")
     )

@@ -10,12 +10,14 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
 from torch import Tensor
 
+from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE
-from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, read_json
+from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
 
 _PEFT_PREFIX = "base_model.model."
 _LORA_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<matrix>[AB])(\.weight)?")
@@ -41,6 +43,12 @@ HOW_ELSE = (
     "merge it with `axolotl merge-lora` and export the run's medusa_heads with the merged directory as --base-model"
 )
 """What to do with an adapter that is not merged here."""
+
+_LONGEST_PATTERN, _REPETITIONS = 300, 2
+_REPETITION = re.compile(r"(?<!\\)[*+?{]")
+_SLOW = re.compile(r"\)[*+?{]|\(\?|\\\d")
+"""Of a module's pattern: repeated groups may take time that doubles with each letter of a name."""
+_LARGEST_ALPHA = 1e9
 
 _BLOCK_ELEMENTS = 1 << 20
 """Elements of a matrix that are merged at once: 4 MB of fp32."""
@@ -121,18 +129,47 @@ def _check_mergeable(config: dict[str, Any], adapter_dir: Path) -> None:
 
 def _scaling(config: dict[str, Any], module: str, change: Change) -> float:
     """LoRA's factor, alpha / rank or, rank-stabilised, alpha / sqrt(rank)."""
+    for matrix, tensor in change.low_rank.items():
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            raise ValueError(
+                f"{tensor.name} is {tensor.shape}, expected the matrix {matrix} of a LoRA: get the file again"
+            )
     rank = change.low_rank["A"].shape[0] if "A" in change.low_rank else change.low_rank["B"].shape[1]
-    patterns = (config.get("alpha_pattern") or {}).items()
-    alpha = next((own for pattern, own in patterns if re.fullmatch(rf"(.*\.)?({pattern})", module)), None)
-    alpha = config["lora_alpha"] if alpha is None else alpha
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{ADAPTER_CONFIG_FILE}: alpha_pattern is {shorten(patterns)}, expected numbers by module")
+    alpha = next((own for pattern, own in patterns.items() if _fits(pattern, module)), None)
+    alpha = config.get("lora_alpha") if alpha is None else alpha
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 <= alpha <= _LARGEST_ALPHA:
+        raise ValueError(f"{ADAPTER_CONFIG_FILE}: lora_alpha is {shorten(alpha)}, expected a number from 0")
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
+def _fits(pattern: str, module: str) -> bool:
+    """Whether a module is one of a pattern's, a regular expression as peft reads it.
+
+    Raises:
+        ValueError: It is none, or one that may take forever.
+    """
+    try:
+        if len(pattern) > _LONGEST_PATTERN or _SLOW.search(pattern) or len(_REPETITION.findall(pattern)) > _REPETITIONS:
+            raise ValueError("too many repetitions")
+        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{ADAPTER_CONFIG_FILE}: alpha_pattern has {ascii(pattern)[:100]} ({error}), expected the name of a module: {HOW_ELSE}"
+        ) from error
+
+
 def _row_ids(config: dict[str, Any], module: str) -> list[int]:
-    indices = config["trainable_token_indices"]
+    indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
-        indices = next(own for name, own in indices.items() if f".{module}".endswith(f".{name}"))
-    return list(indices)
+        indices = next((own for name, own in indices.items() if f".{module}".endswith(f".{name}")), None)
+    if not isinstance(indices, list) or not all(type(index) is int and index >= 0 for index in indices):
+        raise ValueError(
+            f"{ADAPTER_CONFIG_FILE}: trainable_token_indices is {shorten(indices)}, expected the token ids of {module}'s rows"
+        )
+    return indices
 
 
 def changed(base: LazyTensor, change: Change, *, transposed: bool, resizable: bool, adapter_dir: Path) -> LazyTensor:
@@ -175,6 +212,8 @@ def _check_shapes(base: LazyTensor, change: Change, transposed: bool, resizable:
             problems.append(f"has LoRA matrices A {a} and B {b}")
     if change.rows is not None and change.rows.shape != (len(change.row_ids), *shape[1:]):
         problems.append(f"has {change.rows.shape} trained rows for {len(change.row_ids)} tokens")
+    elif change.rows is not None and max(change.row_ids, default=0) >= shape[0]:
+        problems.append(f"has a trained row for token {max(change.row_ids)}")
     if problems:
         raise ValueError(
             f"{base.name} is {base.shape} in the base model but {' and '.join(problems)} of {adapter_dir}: "

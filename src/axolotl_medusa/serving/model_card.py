@@ -16,6 +16,7 @@ from typing import Any
 
 from axolotl_medusa.model.checkpoints import checkpoint_step, checkpoints
 from axolotl_medusa.model.file_names import HEADS_FILE, HEADS_FOLDER
+from axolotl_medusa.model.json_files import read_json
 
 _STATE = "trainer_state.json"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -26,6 +27,8 @@ _RECIPES = {
     "medusa-1": "Medusa-1: the heads were trained on the frozen base model",
     "medusa-2": "Medusa-2: the heads were trained together with the model",
 }
+_LARGEST_METRIC = 1e15
+"""Anything beyond, and what is no number, was not measured."""
 _SERVED = {
     "base": "the base model as it is",
     "adapter": "the base model with the LoRA adapter that was trained with the heads",
@@ -144,21 +147,25 @@ def measured_in_training(output_dir: Path | None) -> dict[str, float]:
     return {
         key.removeprefix("eval_"): value
         for key, value in entry.items()
-        if (key == "step" or "medusa" in key) and isinstance(value, int | float)
+        if (key == "step" or "medusa" in key) and _is_metric(value)
     }
 
 
 def _evaluations(state: Path) -> tuple[str | None, list[Mapping[str, Any]]]:
     """The name of a run's best checkpoint, None where none is known, and what its evaluations logged of the heads."""
     try:
-        content = json.loads(state.read_text(encoding="utf-8"))
-        best = content.get("best_model_checkpoint")
-        entries = [
-            entry for entry in content.get("log_history", []) if any(key.startswith("eval_medusa") for key in entry)
-        ]
-        return best and Path(best).name, entries
+        content = read_json(state)
+        best, history = content.get("best_model_checkpoint"), content.get("log_history", [])
+        if not (isinstance(history, list) and isinstance(best, str | None)):
+            raise TypeError("log_history is no list, or best_model_checkpoint no path")
+        entries = [entry for entry in history if any(key.startswith("eval_medusa") for key, _ in entry.items())]
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{state} is not what a Trainer writes ({error!r}): get it again, or remove it") from error
+    return best and Path(best).name, [entry for entry in entries if _is_metric(entry.get("step", 0))]
+
+
+def _is_metric(value: object) -> bool:
+    return isinstance(value, int | float) and -_LARGEST_METRIC < value < _LARGEST_METRIC
 
 
 def model_card(
@@ -182,8 +189,10 @@ def model_card(
         serve: The command that serves the export.
         measured: Metrics by the trainer's names, as `measured_in_training` gives them.
     """
-    yaml = meta.get("yaml", {})
-    data = [str(entry["path"]) for entry in yaml.get("datasets") or [] if entry.get("path")]
+    yaml = meta.get("yaml")
+    entries = yaml.get("datasets") if isinstance(yaml, Mapping) else None
+    entries = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+    data = [" ".join(str(entry["path"]).split()) for entry in entries if entry.get("path")]
     name = "a language model" if base_model is None else Path(base_model).name
     facts = "\n".join(f"| {key} | {value} |" for key, value in _facts(config, meta, base_model, model, data))
     return f"""{_metadata(base_model, data)}
@@ -237,7 +246,7 @@ def _facts(
         f"{config['medusa_num_heads']}, each of {layers} residual block{'s' * (layers > 1)}, with {output_layer}",
     )
     yield "trained on", ", ".join(f"`{name}`" for name in data) or "unknown"
-    if versions := meta.get("versions"):
+    if isinstance(versions := meta.get("versions"), Mapping):
         yield "trained with", ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     if commit := meta.get("git_commit"):
         yield "commit of axolotl-medusa", f"`{commit}`"
@@ -245,7 +254,7 @@ def _facts(
 
 def _measured(measured: Mapping[str, float]) -> str:
     accuracies = {
-        int(match[1]): value for key, value in measured.items() if (match := re.fullmatch(r"medusa(\d+)_top1", key))
+        int(match[1]): value for key, value in measured.items() if (match := re.fullmatch(r"medusa(\d{1,3})_top1", key))
     }
     length = measured.get("medusa_acceptance_length")
     if not accuracies and length is None:

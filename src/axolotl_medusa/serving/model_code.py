@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_medusa.model.file_names import CONFIG_FILE
-from axolotl_medusa.model.tensor_files import read_json
+from axolotl_medusa.model.json_files import read_json
 
 _CONFIGS = (CONFIG_FILE, "tokenizer_config.json")
 _MODULE = re.compile(r"\w+(\.\w+)*")

@@ -10,9 +10,10 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.sources import Source
 from axolotl_medusa.model.stored_embeddings import StoredEmbeddings, module_of, stored_embeddings, text_config
-from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, read_json
+from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
 from axolotl_medusa.serving.lora import HOW_ELSE, Change, changed, read_adapter
 from axolotl_medusa.serving.model_code import model_code
 

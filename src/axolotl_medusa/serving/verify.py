@@ -7,7 +7,6 @@ shares a name with the writers, so that one mistake cannot be on both sides. Hea
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.heads import MedusaHeads
+from axolotl_medusa.model.inside import stays_inside
+from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.torch_files import DAMAGE, check_torch_file
 
 _ROWS = 16
 """Hidden states that are compared."""
@@ -50,6 +53,7 @@ class _Files:
         self._readers: dict[str, Callable[[], Tensor]] = {}
         for file in files:
             if file.suffix == ".pt":
+                check_torch_file(file)
                 content: dict[str, Tensor] = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
                 self._readers |= {rename(name): tensor.detach for name, tensor in content.items()}
             else:
@@ -83,8 +87,7 @@ def _read(file: Path, name: str) -> Tensor:
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return content
+    return read_json(directory / "config.json")
 
 
 def _vllm(directory: Path) -> Iterator[_Head]:
@@ -170,7 +173,7 @@ def _lorax(directory: Path) -> Iterator[_Head]:
 
 
 def _lorax_adapter(directory: Path, files: _Files) -> None:
-    rank = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    rank = read_json(directory / "adapter_config.json")["r"]
     first = [name for name in files.names() if name.endswith(".lora_A.weight")]
     if not first:
         raise ValueError("base_model.model.*.lora_A.weight is missing, expected it beside adapter_config.json")
@@ -226,8 +229,10 @@ def _checkpoint(directory: Path) -> _Files:
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         return _Files([directory / "model.safetensors"])
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return _Files([directory / name for name in sorted(set(names.values()))])
+    files = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    if not all(stays_inside(file, directory) for file in files):
+        raise ValueError(f"{index.name} names a file outside of its directory")
+    return _Files(files)
 
 
 _LOADERS: dict[str, Callable[[Path], Iterator[_Head]]] = {
@@ -272,8 +277,8 @@ def verify_export(
                 break
             _compare(served - 1, head, trained, lm_head)
             del head  # before the loader reads the next one
-    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
-        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+    except (*DAMAGE, OSError, SafetensorError) as error:
+        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else first_line(error)
         raise ValueError(
             f"{directory} does not serve what was trained when it is loaded as {target} does: {what}; nothing was deleted, "
             "export it again, and report it if it comes back"

@@ -7,12 +7,19 @@ Contract: no model and no tensors; a tokenizer is whatever transformers loads. A
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from reprlib import repr as shorten
+from typing import Any, TextIO
+
+from axolotl_medusa.model.json_files import parse_json
+
+MAX_PROMPTS = 100_000
+"""Rows that are read where nothing says how many: they are all kept in memory."""
+MAX_LINE = 16_000_000
+"""Characters of a row."""
 
 Message = dict[str, str]
 
@@ -45,12 +52,14 @@ def read_prompts(file: str | Path, limit: int | None = None) -> list[Prompt]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, expected at least 1")
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        with Path(file).open(encoding="utf-8") as lines:
+            prompts = list(islice(_rows(file, lines), MAX_PROMPTS + 1 if limit is None else limit))
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}): expected a JSONL file of prompts") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: expected a JSONL file of prompts") from error
-    prompts = list(islice(_rows(file, lines), limit))
+    if limit is None and len(prompts) > MAX_PROMPTS:
+        raise ValueError(f"{file} holds more than {MAX_PROMPTS:,} prompts: name how many to take with --limit")
     if not prompts:
         raise ValueError(f'{file} holds no prompts, expected lines such as {{"id": "1", "prompt": "Hello"}}')
     return prompts
@@ -93,22 +102,25 @@ def _tokens(tokenizer: Any, name: str, turns: list[Message], *, add_generation_p
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written the special ones
 
 
-def _rows(file: str | Path, lines: list[str]) -> Iterator[Prompt]:
-    for number, line in enumerate(lines, 1):
+def _rows(file: str | Path, lines: TextIO) -> Iterator[Prompt]:
+    number = 0
+    while line := lines.readline(MAX_LINE + 1):
+        number += 1
         if not line.strip():
             continue
         where = f"{file} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON ({error}): correct or delete the line") from error
+        if len(line) > MAX_LINE:
+            raise ValueError(f"{where} is longer than {MAX_LINE:,} characters: correct or delete the line")
+        row = parse_json(line, where)
         if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
             raise ValueError(f'{where} is no prompt, expected an object with either "prompt" or "messages"')
         messages = [{"role": "user", "content": row["prompt"]}] if "prompt" in row else row["messages"]
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise ValueError(f'{where}: expected "prompt" to be text, or "messages" a list of {{"role", "content"}}')
-        category = row.get("category")
-        yield Prompt(str(row.get("id", number)), tuple(messages), None if category is None else str(category))
+        names = row.get("id", number), row.get("category")
+        if not all(isinstance(name, str | int | float | None) for name in names):
+            raise ValueError(f'{where}: found {shorten(names)}, expected "id" and "category" to be texts or numbers')
+        yield Prompt(str(names[0]), tuple(messages), None if names[1] is None else str(names[1]))
 
 
 def _is_message(value: object) -> bool:

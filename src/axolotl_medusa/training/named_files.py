@@ -7,6 +7,7 @@ Contract: reads small JSON files only, each with a limit, and imports neither ax
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def read_object(path: Path, limit: int = _LARGEST_CONFIG) -> Mapping[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(limit + 1)
+            content = file.read(
+                min(limit, os.fstat(file.fileno()).st_size) + 1
+            )  # as many bytes of memory are taken at once
         if len(content) > limit:
             raise ValueError(f"it has more than {limit:,} bytes")
         value = json.loads(content.decode("utf-8"))
