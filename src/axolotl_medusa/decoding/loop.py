@@ -91,7 +91,9 @@ class Decoding:
         self.tokens: list[list[int]] = [[] for _ in input_ids]
         self.rows = list(range(len(input_ids)))
         self._cache_rows = self.rows  # where those are in the cache
-        self.target = TargetCache(model.base_model, attention_mask, compiled, max_new_tokens + tree.num_nodes)
+        # A row that stops within an accepted path is up to `depth` columns longer than its tokens; nodes come after them.
+        room = max_new_tokens + tree.depth + tree.num_nodes
+        self.target = TargetCache(model.base_model, attention_mask, compiled, room)
         self.stats = GenerationStats()
         self._model, self._rule = model, rule
         self._tree, self._root_alone = tree_tensors(tree, input_ids.device), tree_tensors(Tree(), input_ids.device)
