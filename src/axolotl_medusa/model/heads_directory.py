@@ -27,6 +27,9 @@ from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, 
 from axolotl_medusa.model.heads import HEADS_NAME, HeadForm, MedusaHeads, attached_heads
 from axolotl_medusa.model.tensor_files import whole_or_nothing, write_json
 
+_HASHED_AT_ONCE = 1 << 20
+"""Elements of a weight that are hashed at a time."""
+
 _VERSIONS_OF = ("axolotl-medusa", "axolotl", "torch", "transformers", "peft")
 
 
@@ -110,9 +113,20 @@ def parameter_hash(parameter: Tensor) -> str:
         return weight_hash(_whole(parameter).detach().cpu())
 
 
-def weight_hash(weight: Tensor) -> str:
-    """SHA-256 of the bytes of a weight on the CPU, in the type that it has."""
-    return hashlib.sha256(weight.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+def weight_hash(weight: Tensor, *dtypes: torch.dtype) -> str:
+    """SHA-256 of the bytes of a weight, read by few rows at a time, so that no copy of it is made.
+
+    Args:
+        weight: The weight, `[rows, ...]`.
+        *dtypes: Types that it is turned into before, one after the other; without any it is hashed in its own.
+    """
+    digest = hashlib.sha256()
+    rows_at_once = max(1, _HASHED_AT_ONCE * len(weight) // max(1, weight.numel()))
+    for rows in weight.detach().split(rows_at_once):
+        for dtype in dtypes:
+            rows = rows.to(dtype)
+        digest.update(rows.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
