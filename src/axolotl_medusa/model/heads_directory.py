@@ -122,7 +122,7 @@ def weight_hash(weight: Tensor, *dtypes: torch.dtype) -> str:
     """
     digest = hashlib.sha256()
     rows_at_once = max(1, _HASHED_AT_ONCE * len(weight) // max(1, weight.numel()))
-    for rows in weight.detach().split(rows_at_once):
+    for rows in torch.split(weight.detach(), rows_at_once):
         for dtype in dtypes:
             rows = rows.to(dtype)
         digest.update(rows.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
