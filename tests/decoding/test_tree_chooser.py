@@ -90,7 +90,7 @@ def heads(accuracy: float, seed: int = 0, rank: int = 0) -> Callable[[int], tupl
 
 
 def test_candidates_are_chains_and_default_trees_that_the_heads_can_fill():
-    assert TREES == [*map(chain, (1, 2, 3)), *(default_tree(HEADS, nodes) for nodes in (8, 16, 32, 64))]
+    assert [*map(chain, (1, 2, 3)), *(default_tree(HEADS, nodes) for nodes in (8, 16, 32, 64))] == TREES
     assert candidate_trees(1, vocab_size=2) == [chain(1), Tree(((0,), (1,)))]
 
 

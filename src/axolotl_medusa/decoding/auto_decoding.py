@@ -5,7 +5,7 @@ Contract: runs and times what `tree_chooser` decides; the tokens of greedy decod
 
 from __future__ import annotations
 
-import time
+import logging
 from collections import deque
 from collections.abc import Callable, Collection
 
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from axolotl_medusa.decoding.acceptance import AcceptanceRule, accept_greedy
 from axolotl_medusa.decoding.loop import Decoding, ModelWithHeads
+from axolotl_medusa.decoding.tree import Tree
 from axolotl_medusa.decoding.tree_chooser import PLAIN, POSITIONS, TreeChooser
 from axolotl_medusa.model.anatomy import causal_lm
+
+LOG = logging.getLogger(__name__)
 
 WARM_UP_S = 1.0
 """Seconds after which the warm-up begins no further step."""
@@ -50,7 +53,7 @@ class AutoDecoding(Decoding):
         rule: AcceptanceRule,
         max_new_tokens: int,
         eos_token_ids: Collection[int] = (),
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float],
     ) -> None:
         super().__init__(
             model,
@@ -96,21 +99,16 @@ def head_ranks_of(model: ModelWithHeads, hidden: Tensor, tokens: list[list[int]]
         tokens: Per position the token that head 0, 1, ... should have predicted, `[positions][heads]`.
 
     Returns:
-        `[positions][heads]`, 0 for a head's best token.
+        `[positions][heads]`, 0 for a head's best token; a token that others tie with counts as the worst of them.
     """
     logits = model.draft_logits(hidden, len(tokens[0]))
     wanted = logits.gather(-1, torch.tensor(tokens, device=logits.device)[..., None])
-    ranks: list[list[int]] = (logits > wanted).sum(-1).tolist()
+    ranks: list[list[int]] = ((logits >= wanted).sum(-1) - 1).tolist()
     return ranks
 
 
 @torch.no_grad()
-def warm_up(
-    model: ModelWithHeads,
-    chooser: TreeChooser,
-    num_heads: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> None:
+def warm_up(model: ModelWithHeads, chooser: TreeChooser, num_heads: int, clock: Callable[[], float]) -> None:
     """Times plain steps, trees and heads for about `WARM_UP_S`, so that the first answer begins with what is known by then.
 
     Args:
@@ -119,25 +117,29 @@ def warm_up(
         num_heads: Heads that there are.
         clock: Seconds of a clock that never goes back.
     """
-    end = clock() + WARM_UP_S
     embedding = causal_lm(model.base_model).get_input_embeddings().weight
     text = torch.arange(_WARM_UP_TEXT, device=embedding.device)[None] % len(embedding)
+    begun = clock()
     decoding = Decoding(model, text, torch.ones_like(text), tree=PLAIN, rule=accept_greedy, max_new_tokens=1 << 30)
     decoding.step()
-    for round_ in range(_ROUNDS):
-        for tree in _spread(len(chooser.trees)):
-            for this in (PLAIN, *[chooser.trees[tree]] * (2 if round_ == 0 else 1)):
-                if clock() >= end:
-                    return
-                decoding.use(this)
+
+    def steps(tree: Tree, count: int = 1) -> None:
+        decoding.use(tree)
+        for _ in range(count):
+            if clock() - begun < WARM_UP_S:
                 begin = clock()
                 decoding.step()
-                chooser.timed(this, clock() - begin)
-        if clock() >= end:
-            return
-        begin = clock()
-        head_ranks_of(model, decoding.hidden.expand(POSITIONS, -1), [[0] * num_heads] * POSITIONS)
-        chooser.timed_count(clock() - begin)
+                chooser.timed(tree, clock() - begin)
+
+    for round_ in range(_ROUNDS):
+        for index in _spread(len(chooser.trees)):
+            steps(PLAIN)
+            steps(chooser.trees[index], 1 if round_ else 2)
+        if clock() - begun < WARM_UP_S:
+            begin = clock()
+            head_ranks_of(model, decoding.hidden.expand(POSITIONS, -1), [[0] * num_heads] * POSITIONS)
+            chooser.timed_count(clock() - begin)
+    LOG.info("timed steps for %.1f s, to choose trees by", clock() - begun)
 
 
 def _spread(count: int) -> list[int]:

@@ -6,6 +6,7 @@ Contract: needs torch and transformers only. A step forwards a candidate tree (`
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -56,6 +57,7 @@ class MedusaModel:
         self.heads = heads.to(device=weight.device, dtype=dtype).eval()
         self._transform = logit_transform(causal_lm(base_model).config)
         self._compile_backend = "inductor"
+        self._clock = time.perf_counter
         self._compiled: CompiledBackbone | None = None
         self._chooser: TreeChooser | None = None
         self._tuned: dict[Tree, float] = {}
@@ -116,7 +118,7 @@ class MedusaModel:
         if self._chooser is None:
             num_heads = self.heads.num_heads
             chooser = TreeChooser(candidate_trees(num_heads, self.heads.vocab_size), self._tuned)
-            warm_up(self, chooser, num_heads)
+            warm_up(self, chooser, num_heads, self._clock)
             self._chooser = chooser
         return self._chooser
 
@@ -201,6 +203,7 @@ class MedusaModel:
             rule=rule,
             max_new_tokens=max_new_tokens,
             eos_token_ids=eos_token_ids,
+            clock=self._clock,
         )
 
     @torch.no_grad()
