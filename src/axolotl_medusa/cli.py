@@ -96,7 +96,7 @@ def _decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) ->
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="of the model (default: as it is stored)",
+        help="of the model (default: auto, as it is stored, but fp32 for bf16 on a CPU without instructions for it)",
     )
     eight = (
         "hold the model in 8-bit (needs bitsandbytes); without its outlier threshold, whose text depends on the batch"

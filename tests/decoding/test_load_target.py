@@ -90,6 +90,16 @@ def test_model_stored_in_half_precision_and_trained_in_full_is_recognised(tmp_pa
         MedusaModel.from_pretrained(output, dtype=dtype)
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_model_in_bf16_is_decoded_in_fp32_where_a_cpu_is_slow_with_it(is_fast, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("axolotl_medusa.decoding.default_dtype.multiplies_bf16", lambda: is_fast)
+    output = save(tmp_path, varied_model().to(torch.bfloat16), dtype=torch.bfloat16)
+    found = MedusaModel.from_pretrained(output)
+    assert found.base_model.dtype == found.heads.dtype == (torch.bfloat16 if is_fast else torch.float32)
+    assert ("loaded in fp32" in caplog.text) is not is_fast
+    assert MedusaModel.from_pretrained(output, dtype=torch.bfloat16).base_model.dtype == torch.bfloat16
+
+
 def test_model_trained_in_full_precision_may_be_loaded_in_half(tmp_path):
     output = save(tmp_path, varied_model())
     assert MedusaModel.from_pretrained(output, dtype=torch.bfloat16).base_model.dtype == torch.bfloat16

@@ -82,6 +82,14 @@ def test_original_of_an_adapter_is_not_loaded_a_second_time(runs):
     assert load_original(runs / "medusa-2", None, None, torch.device("cpu")) is None
 
 
+def test_original_in_bf16_is_compared_in_fp32_where_a_cpu_is_slow_with_it(runs, tmp_path, monkeypatch):
+    """As the trained model is: the divergence of the two would else be that of rounding."""
+    varied_model(**VOCABULARY).to(torch.bfloat16).save_pretrained(tmp_path)
+    for is_fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("axolotl_medusa.decoding.default_dtype.multiplies_bf16", lambda is_fast=is_fast: is_fast)
+        assert load_original(runs / "medusa-1", None, str(tmp_path), torch.device("cpu")).dtype == dtype
+
+
 def test_evaluate_says_that_matplotlib_is_missing_before_it_measures(runs, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from axolotl_medusa.decoding.default_dtype import dtype_here
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.sources import find_source
@@ -20,7 +21,7 @@ DTYPES: dict[str, torch.dtype | str] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-"""Types to load a model in, `auto` for the one that it is stored in."""
+"""Types to load a model in, `auto` for the one that it is stored in, or as `dtype_here` says."""
 
 
 def load_decoder(
@@ -97,8 +98,9 @@ def load_original(heads: str | Path, base_model: str | None, original: str | Non
         original = source.config.get("base_model_name_or_path")
     if original is None:
         raise ValueError(f"{source.heads_dir} does not say which model training started from: name it with --original")
+    dtype = dtype_here("auto", original, device)
     try:
-        return AutoModelForCausalLM.from_pretrained(original, dtype="auto").to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(original, dtype=dtype).to(device).eval()
     except (OSError, KeyError) as error:
         reason = first_line(error)
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from axolotl_medusa.decoding.default_dtype import dtype_here
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.anatomy import causal_lm, embedding_shape, frozen_output_embedding, output_embedding
 from axolotl_medusa.model.heads import MedusaHeads
@@ -40,7 +41,7 @@ def load_target(
     Args:
         heads: A canonical directory, an output_dir or a checkpoint.
         base_model: The base model as the heads need it, or its directory or Hub name; by default what training wrote.
-        dtype: Type to load the model in, `auto` for the one it is stored in.
+        dtype: Type to load the model in, `auto` for the one it is stored in, or as `dtype_here` says.
         device: Where to put it.
         **load_options: Given to transformers' `from_pretrained`.
 
@@ -58,6 +59,7 @@ def load_target(
     stored = stored_output_embedding(directory)
     _check_shape(stored.shape, (file.config["vocab_size"], file.config["hidden_size"]), str(directory))
     _check_hash(source, stored.load, str(directory))
+    dtype = dtype_here(dtype, directory, device, stored.dtype, **load_options)
     return _load(source, directory, dtype, device, load_options), file
 
 

@@ -76,7 +76,8 @@ class MedusaModel:
         Args:
             heads: A canonical directory, an output_dir or a checkpoint.
             base_model: The base model, or its directory or Hub name; by default what training wrote down.
-            dtype: Type to load the model in, `auto` for the one it is stored in.
+            dtype: Type to load the model in, `auto` for the one it is stored in; a model in bf16 is loaded in fp32 where it
+                goes to a CPU without instructions for bf16.
             device: Where to put it; by default where transformers puts it.
             **load_options: Given to transformers' `from_pretrained`, e.g. `quantization_config` or `device_map`.
 
