@@ -16,7 +16,14 @@ from axolotl_medusa.decoding import load_target as load_target_module
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.model.anatomy import causal_lm
 from axolotl_medusa.model.heads import attach_heads
-from axolotl_medusa.model.heads_directory import heads_config, heads_file, heads_meta, weight_hash, write_heads
+from axolotl_medusa.model.heads_directory import (
+    heads_config,
+    heads_file,
+    heads_meta,
+    read_heads,
+    weight_hash,
+    write_heads,
+)
 
 NEW = 12
 
@@ -153,6 +160,16 @@ def test_directories_without_heads_or_model_are_refused_in_one_line(tmp_path):
         MedusaModel.from_pretrained(output, base_model=tmp_path / "nothing")
     assert "nothing" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["separate", "shared"])
+def test_heads_are_not_copied_once_they_are_read(tmp_path, monkeypatch, form):
+    files = []
+    monkeypatch.setattr(load_target_module, "read_heads", lambda path: files.append(read_heads(path)) or files[0])
+    medusa = MedusaModel.from_pretrained(save(tmp_path, varied_model(), form=form))
+    found = {name: tensor.data_ptr() for name, tensor in medusa.heads.state_dict().items()}
+    assert found == {name: tensor.data_ptr() for name, tensor in files[0].head_tensors().items()}
+    assert all(parameter.requires_grad for parameter in medusa.heads.parameters())
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def load_target(
     source = find_source(heads, None if isinstance(base_model, nn.Module) else _text(base_model))
     file = read_heads(source.heads_dir)
     if isinstance(base_model, nn.Module):
-        check_sizes(base_model, file.build("meta"))
+        check_sizes(base_model, file.as_heads())
         weight: Tensor = frozen_output_embedding(output_embedding(base_model)).weight
         _check_hash(source, lambda: weight, type(causal_lm(base_model)).__name__)
         return base_model, file

@@ -85,7 +85,7 @@ class MedusaModel:
             ValueError: There are no heads or no model, or the heads belong to another model.
         """
         model, file = load_target(heads, base_model, dtype, device, **load_options)
-        medusa = cls(model, file.build())
+        medusa = cls(model, file.as_heads())
         medusa._tuned = tuned_trees(Path(heads), medusa.heads.num_heads)
         return medusa
 

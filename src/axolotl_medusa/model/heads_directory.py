@@ -54,18 +54,26 @@ class HeadsFile:
 
     def build(self, device: torch.device | str | None = None) -> MedusaHeads:
         """Builds the heads with these weights, in the type they were saved in."""
-        dtype = next(iter(self.tensors.values())).dtype
-        heads = MedusaHeads(
+        heads = self._empty(device)
+        heads.load_state_dict(self.head_tensors())
+        return heads
+
+    def as_heads(self) -> MedusaHeads:
+        """The heads made of these very tensors: nothing is copied, nor first filled with random numbers."""
+        heads = self._empty("meta")
+        heads.load_state_dict(self.head_tensors(), assign=True)
+        return heads
+
+    def _empty(self, device: torch.device | str | None) -> MedusaHeads:
+        return MedusaHeads(
             self.config["hidden_size"],
             self.config["vocab_size"],
             self.config["medusa_num_heads"],
             self.config["medusa_num_layers"],
             self.form,
-            dtype=dtype,
+            dtype=next(iter(self.tensors.values())).dtype,
             device=device,
         )
-        heads.load_state_dict(self.head_tensors())
-        return heads
 
     def head_tensors(self) -> dict[str, Tensor]:
         """The tensors that are the heads' own."""
