@@ -214,14 +214,16 @@ def test_expected_length_of_a_tuned_tree_is_trusted_from_the_second_step_on():
 def test_tree_beside_the_heads_is_found_with_what_is_expected_of_it(tmp_path, caplog):
     heads_dir = tmp_path / "run" / "medusa_heads"
     heads_dir.mkdir(parents=True)
-    assert tuned_trees(heads_dir, 3) == tuned_trees(heads_dir.parent, 3) == {}
+    assert tuned_trees(heads_dir, 3, 1000) == tuned_trees(heads_dir.parent, 3, 1000) == {}
     write_tree(tmp_path / "run" / "tree.json", chain(2), expected_acceptance_length=1.5)
-    assert tuned_trees(heads_dir, 3) == tuned_trees(heads_dir.parent, 3) == {chain(2): 1.5}
+    assert tuned_trees(heads_dir, 3, 1000) == tuned_trees(heads_dir.parent, 3, 1000) == {chain(2): 1.5}
     write_tree(heads_dir / "tree.json", chain(3), expected_acceptance_length=2)
-    assert tuned_trees(heads_dir, 3) == {chain(3): 2.0}
+    assert tuned_trees(heads_dir, 3, 1000) == {chain(3): 2.0}
     assert not caplog.records
-    assert tuned_trees(heads_dir, 2) == {}
+    assert tuned_trees(heads_dir, 2, 1000) == {}
     assert "the tree beside the heads is not used: tree has depth 3, but there are 2 heads" in caplog.text
+    write_tree(heads_dir / "tree.json", Tree(((0,), (7,))), expected_acceptance_length=2)
+    assert tuned_trees(heads_dir, 2, 7) == {}, "a rank that a vocabulary of seven tokens does not have"
 
 
 @pytest.mark.parametrize(
@@ -237,4 +239,4 @@ def test_tree_beside_the_heads_is_found_with_what_is_expected_of_it(tmp_path, ca
 )
 def test_tree_that_nothing_is_known_of_is_left(content, tmp_path):
     (tmp_path / "tree.json").write_text(json.dumps(content))
-    assert tuned_trees(tmp_path, 3) == {}
+    assert tuned_trees(tmp_path, 3, 1000) == {}

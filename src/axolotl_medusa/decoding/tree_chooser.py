@@ -1,10 +1,10 @@
 """Which candidate tree the next step verifies, so that decoding is never slower than plain decoding by more than 2%.
 
-Contract: pure Python, no clock; seconds and ranks come in, a tree goes out. It starts plainly and learns two things on the way. What
-trees would accept: the heads are asked, now and then and for many positions at once, about tokens that are known already.
-What a step of a tree costs: by taking one. Whatever may be lost by that is paid from a small account, `ALLOWED` of the time
-that plain decoding would have taken, and what trees gain is paid in. A tree is taken if it is expected to be faster than plain
-decoding and the account covers its step even if no draft token is accepted.
+Contract: pure Python, no model and no clock; seconds and ranks come in, a tree goes out. It starts plainly and learns two
+things on the way. What trees would accept: the heads are asked, now and then and for many positions at once, about tokens
+that are known already. What a step of a tree costs: by taking one. Whatever may be lost by that is paid from a small account,
+`ALLOWED` of the time that plain decoding would have taken, and what trees gain is paid in. A tree is taken if it is expected
+to be faster than plain decoding and the account covers its step even if no draft token is accepted.
 """
 
 from __future__ import annotations
@@ -60,12 +60,13 @@ def candidate_trees(num_heads: int, vocab_size: int) -> list[Tree]:
     return sorted(dict.fromkeys([*chains, *trees]), key=lambda tree: tree.num_nodes)
 
 
-def tuned_trees(heads: Path, num_heads: int) -> dict[Tree, float]:
+def tuned_trees(heads: Path, num_heads: int, vocab_size: int) -> dict[Tree, float]:
     """The tree that `axolotl-medusa tree` wrote beside heads, if it did, and the acceptance length that it expects of it.
 
     Args:
         heads: The directory of the heads, or of their run.
         num_heads: Heads that there are.
+        vocab_size: Tokens that they choose among.
     """
     around = [heads.parent] if heads.name == HEADS_FOLDER else []
     for file in (directory / TREE_FILE for directory in (heads, heads / HEADS_FOLDER, *around)):
@@ -73,7 +74,7 @@ def tuned_trees(heads: Path, num_heads: int) -> dict[Tree, float]:
             continue
         try:
             tree = read_tree(file)
-            tree.check_fits(num_heads)
+            tree.check_fits(num_heads, vocab_size)
         except ValueError as error:
             LOG.warning("the tree beside the heads is not used: %s", error)
             return {}
