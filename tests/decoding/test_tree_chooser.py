@@ -240,3 +240,46 @@ def test_tree_beside_the_heads_is_found_with_what_is_expected_of_it(tmp_path, ca
 def test_tree_that_nothing_is_known_of_is_left(content, tmp_path):
     (tmp_path / "tree.json").write_text(json.dumps(content))
     assert tuned_trees(tmp_path, 3, 1000) == {}
+
+
+@pytest.mark.parametrize(
+    ("accepted", "ratio", "begun"),
+    [
+        ([1] * 16, 1.8, True),  # 2 tokens a step, surely
+        ([1] * 16, 1.93, False),  # 3.6% are less than a gain must be
+        ([3, 0, 0, 0, 0, 0, 0, 0] * 2, 1.25, False),  # 10% by two lucky positions of 16
+        ([3, 0, 0, 0, 0, 0, 0, 0] * 2, 1.0, True),
+    ],
+)
+def test_tree_is_begun_with_where_its_gain_is_sure(accepted, ratio, begun):
+    world = World(lambda nodes: ratio, heads(0))
+    chooser = world.warmed([chain(3)])
+    chooser.begin(1000)
+    chooser.stepped(PLAIN, (), 1, PLAIN_S)
+    chooser.counted([(0,) * depth + (99,) * (HEADS - depth) for depth in accepted], 0.0)
+    assert (chooser.next() == chain(3)) is begun
+
+
+def test_what_a_tree_accepts_is_counted_for_the_trees_within_it():
+    large = default_tree(HEADS, 64)
+    chooser = World(CHEAP, heads(0)).warmed([chain(1), chain(3), large])
+    for _ in range(10):
+        chooser.stepped(large, (0, 0), 3, PLAIN_S)
+    assert [chooser._lengths[tree].mean for tree in chooser.trees] == pytest.approx([2, 3, 3])
+    for _ in range(10):
+        chooser.stepped(chain(1), (), 1, PLAIN_S)
+    assert [chooser._lengths[tree].mean for tree in chooser.trees][1:] == pytest.approx([3, 3]), (
+        "nothing is known of those"
+    )
+    assert chooser._lengths[chain(1)].mean < 1.5
+
+
+def test_every_65th_step_at_least_is_plain():
+    steps = []
+    world = World(CHEAP, heads(1.0))
+    chooser = world.warmed(TREES)
+    next_ = chooser.next
+    chooser.next = lambda: steps.append(next_()) or steps[-1]
+    world.answer(chooser, 1000)
+    plain = [number for number, tree in enumerate(steps) if tree == PLAIN]
+    assert max(later - earlier for earlier, later in itertools.pairwise(plain)) == 65
