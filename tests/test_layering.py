@@ -36,6 +36,7 @@ INSTALLED = {"pydantic", "safetensors", "torch", "transformers"}
 
 STAYS_LIGHT = {
     "decoding.tree",
+    "decoding.tree_chooser",
     "errors",
     "measuring.plots",
     "measuring.training_plots",

@@ -99,7 +99,7 @@ def _decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) ->
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="of the model (default: as it is stored)",
+        help="of the model (default: auto, as it is stored, but fp32 for bf16 on a CPU without instructions for it)",
     )
     eight = (
         "hold the model in 8-bit (needs bitsandbytes); without its outlier threshold, whose text depends on the batch"
@@ -118,9 +118,11 @@ def _decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) ->
     )
 
 
-def _tree_argument(parser: argparse.ArgumentParser) -> None:
-    help_ = "none, chain, chain-N, default, default-N, or a file of `axolotl-medusa tree` (default: default)"
-    parser.add_argument("--tree", metavar="T", help=help_)
+def _tree_argument(parser: argparse.ArgumentParser, *, chooses: bool = True) -> None:
+    auto = "auto (times steps for a second, then takes what is fastest, plain decoding too), " if chooses else ""
+    trees = "none, chain, chain-N, default, default-N, or a file of `axolotl-medusa tree`"
+    help_ = f"{auto}{trees} (default: {'auto' if chooses else 'default'})"
+    parser.add_argument("--tree", default="auto" if chooses else None, metavar="T", help=help_)
 
 
 def _compile_argument(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +132,7 @@ def _compile_argument(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _decoding_arguments(parser, max_new_tokens=128)
-    _tree_argument(parser)
+    _tree_argument(parser, chooses=False)
     _compile_argument(parser)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL: id, prompt or messages, category")
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N prompts")

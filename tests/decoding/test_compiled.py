@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch._inductor.config
 from conftest import add_lora, make_model
-from decoding_models import counting_heads, counting_model, fitted_heads, prompts, random_heads, varied_model
+from decoding_models import CYCLE, counting_heads, counting_model, fitted_heads, prompts, random_heads, varied_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
+from axolotl_medusa.decoding import compiled as compiled_module
 from axolotl_medusa.decoding.acceptance import accept_greedy
 from axolotl_medusa.decoding.compiled import COLUMNS
 from axolotl_medusa.decoding.loop import Decoding
@@ -99,6 +100,26 @@ def test_rows_that_stopped_take_no_more_columns():
         decoding.step()
     assert decoding.tokens == [list(range(2, 13)), [10, 11, 12]]
     assert decoding.target.end.tolist() == [1 + 12, 1 + 4]
+
+
+@pytest.mark.parametrize("tree", [chain(1), chain(5), default_tree(nodes=16)], ids=["chain-1", "chain-5", "default-16"])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_every_length_around_a_caches_end_fits(batch, tree, monkeypatch):
+    """A row that stops with accepted drafts goes past its last token, and the others' nodes come after its columns."""
+    monkeypatch.setattr(compiled_module, "COLUMNS", 8)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)  # shapes are what matters here
+    half = CYCLE // 2
+    heads, wrong = counting_heads([True] * 5), counting_heads([False] * 5)
+    with torch.no_grad():
+        for index in range(5):
+            heads.output_layer(index).weight[:, half:] = wrong.output_layer(index).weight[:, half:]
+    medusa = MedusaModel(counting_model(), heads)
+    for prompt in range(1, 9):
+        ids = torch.full((batch, prompt), 3)
+        ids[:, -1] = torch.tensor([0, half, 3][:batch])  # heads are right, wrong, soon wrong
+        for new in range(1, 10):
+            expected = medusa.generate(ids, torch.ones_like(ids), new, tree=tree)
+            assert torch.equal(medusa.generate(ids, torch.ones_like(ids), new, tree=tree, compile=True), expected)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 
@@ -9,12 +10,21 @@ import pytest
 import torch
 from conftest import HIDDEN, VOCAB, add_lora, make_model
 from decoding_models import prompts, random_heads, varied_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_outputs import as_torch_files
 
+from axolotl_medusa.decoding import load_target as load_target_module
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.model.anatomy import causal_lm
 from axolotl_medusa.model.heads import attach_heads
-from axolotl_medusa.model.heads_directory import heads_config, heads_file, heads_meta, write_heads
+from axolotl_medusa.model.heads_directory import (
+    heads_config,
+    heads_file,
+    heads_meta,
+    read_heads,
+    weight_hash,
+    write_heads,
+)
 
 NEW = 12
 
@@ -104,6 +114,16 @@ def test_model_stored_in_half_precision_and_trained_in_full_is_recognised(tmp_pa
         MedusaModel.from_pretrained(output, dtype=dtype)
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_model_in_bf16_is_decoded_in_fp32_where_a_cpu_is_slow_with_it(is_fast, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("axolotl_medusa.decoding.default_dtype.multiplies_bf16", lambda: is_fast)
+    output = save(tmp_path, varied_model().to(torch.bfloat16), dtype=torch.bfloat16)
+    found = MedusaModel.from_pretrained(output)
+    assert found.base_model.dtype == found.heads.dtype == (torch.bfloat16 if is_fast else torch.float32)
+    assert ("loaded in fp32" in caplog.text) is not is_fast
+    assert MedusaModel.from_pretrained(output, dtype=torch.bfloat16).base_model.dtype == torch.bfloat16
+
+
 def test_model_trained_in_full_precision_may_be_loaded_in_half(tmp_path):
     output = save(tmp_path, varied_model())
     assert MedusaModel.from_pretrained(output, dtype=torch.bfloat16).base_model.dtype == torch.bfloat16
@@ -157,3 +177,90 @@ def test_directories_without_heads_or_model_are_refused_in_one_line(tmp_path):
         MedusaModel.from_pretrained(output, base_model=tmp_path / "nothing")
     assert "nothing" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["separate", "shared"])
+def test_heads_are_not_copied_once_they_are_read(tmp_path, monkeypatch, form):
+    files = []
+    monkeypatch.setattr(load_target_module, "read_heads", lambda path: files.append(read_heads(path)) or files[0])
+    medusa = MedusaModel.from_pretrained(save(tmp_path, varied_model(), form=form))
+    found = {name: tensor.data_ptr() for name, tensor in medusa.heads.state_dict().items()}
+    assert found == {name: tensor.data_ptr() for name, tensor in files[0].head_tensors().items()}
+    assert all(parameter.requires_grad for parameter in medusa.heads.parameters())
+
+
+@pytest.fixture
+def hashes(monkeypatch):
+    """Types that the output embedding was turned into, one entry for every hash that was taken."""
+    taken = []
+
+    def counted(weight, *dtypes):
+        taken.append(dtypes)
+        return weight_hash(weight, *dtypes)
+
+    monkeypatch.setattr(load_target_module, "weight_hash", counted)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("trained", "stored", "taken"),
+    [
+        (torch.float32, torch.float32, [()]),
+        (torch.bfloat16, torch.bfloat16, [()]),
+        (torch.float16, torch.float32, [(), (torch.float16,)]),
+        (torch.float32, torch.bfloat16, [(), (torch.float32,)]),
+    ],
+)
+def test_hashes_are_taken_until_one_fits_beginning_with_the_likeliest(tmp_path, hashes, trained, stored, taken):
+    rounded = varied_model().to(stored)
+    heads = random_heads(num_heads=2).to(trained)
+    model = rounded.to(trained)
+    attach_heads(model, heads)
+    write_heads(tmp_path / "heads", heads_file(model, heads_config(heads, "base"), heads_meta(model, "medusa-1", {})))
+    del model.medusa_heads
+    model.to(stored).save_pretrained(tmp_path / "base")
+    MedusaModel.from_pretrained(tmp_path / "heads", base_model=tmp_path / "base")
+    assert hashes == taken
+
+
+@pytest.mark.parametrize(("stored", "tried"), [(torch.float32, 5), (torch.bfloat16, 4), (torch.float16, 4)])
+def test_every_type_of_training_is_tried_once_before_heads_are_refused(tmp_path, hashes, stored, tried):
+    output = save(tmp_path, varied_model())
+    changed(varied_model()).to(stored).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is another than the one"):
+        MedusaModel.from_pretrained(output / "medusa_heads", base_model=tmp_path / "other")
+    assert len(set(hashes)) == len(hashes) == tried
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the largest result that an operation made anew."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {value.untyped_storage().data_ptr() for value in args if isinstance(value, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.largest = max(self.largest, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("dtypes", [(), (torch.float32,), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("transposed", [False, True], ids=["in order", "transposed"])
+def test_hash_of_a_weight_in_any_type_takes_a_fraction_of_its_memory(dtypes, transposed):
+    weight = torch.randn(640, 16_384).to(torch.bfloat16)
+    weight = weight.T if transposed else weight
+    whole = weight
+    for dtype in dtypes:
+        whole = whole.to(dtype)
+    with Allocations() as made:
+        found = weight_hash(weight, *dtypes)
+    assert found == hashlib.sha256(whole.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    assert made.largest <= weight.nbytes
+
+
+def test_heads_without_a_hash_leave_the_output_embedding_unread(tmp_path, hashes):
+    output = save(tmp_path, varied_model())
+    (output / "medusa_heads" / "medusa_meta.json").unlink()
+    MedusaModel.from_pretrained(output / "medusa_heads", base_model=tmp_path / "base")
+    assert not hashes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -13,9 +14,12 @@ from example_tokenizers import make_tokenizer
 from training_outputs import as_if_trained, save_base, write_run
 
 from axolotl_medusa.cli import main
+from axolotl_medusa.decoding import medusa_model
 from axolotl_medusa.decoding.load_decoder import load_original
 from axolotl_medusa.decoding.medusa_model import MedusaModel
-from axolotl_medusa.decoding.tree import read_tree
+from axolotl_medusa.decoding.tree import Tree, read_tree, write_tree
+from axolotl_medusa.decoding.tree_chooser import TreeChooser
+from axolotl_medusa.terminal.chat import Answerer
 
 VOCABULARY = {"vocab_size": 300, "eos_token_id": None}
 
@@ -82,6 +86,14 @@ def test_original_of_an_adapter_is_not_loaded_a_second_time(runs):
     assert load_original(runs / "medusa-2", None, None, torch.device("cpu")) is None
 
 
+def test_original_in_bf16_is_compared_in_fp32_where_a_cpu_is_slow_with_it(runs, tmp_path, monkeypatch):
+    """As the trained model is: the divergence of the two would else be that of rounding."""
+    varied_model(**VOCABULARY).to(torch.bfloat16).save_pretrained(tmp_path)
+    for is_fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("axolotl_medusa.decoding.default_dtype.multiplies_bf16", lambda is_fast=is_fast: is_fast)
+        assert load_original(runs / "medusa-1", None, str(tmp_path), torch.device("cpu")).dtype == dtype
+
+
 def test_evaluate_says_that_matplotlib_is_missing_before_it_measures(runs, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
@@ -137,6 +149,48 @@ def test_generate_prints_the_greedy_answer_with_any_tree(tree, runs, capsys):
     printed = run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--tree", tree, "--max-new-tokens", 9)
     assert printed.out == tokenizer.decode(new, skip_special_tokens=True) + "\n"
     assert printed.err.splitlines()[-1].startswith("[9 tokens, ")
+
+
+def test_tree_is_chosen_where_none_is_named_and_the_reason_said(runs, capsys, monkeypatch):
+    chosen = []
+    begin = TreeChooser.begin
+    monkeypatch.setattr(TreeChooser, "begin", lambda self, new: chosen.append(new) or begin(self, new))
+    printed = run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--max-new-tokens", 9)
+    speed = printed.err.splitlines()[-1]
+    assert speed.startswith("[9 tokens, ") and speed.endswith(
+        "; plain decoding: too little text to see what a tree would gain]"
+    )
+    assert (
+        printed.out
+        == run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--max-new-tokens", 9, "--tree", "none").out
+    )
+    out = run(capsys, "demo", runs / "medusa-1", "--prompt", "Hi", "--max-new-tokens", 8).out.splitlines()
+    assert out[-2].startswith("Medusa: 8 tokens, ") and "; plain decoding: too little text" in out[-2]
+    lines = iter(["Hi", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert "; plain decoding: too little text" in run(capsys, "chat", runs / "medusa-1", "--max-new-tokens", 5).out
+    assert chosen == [9, 8, 8, 5], "the demo warms both decoders up"
+
+
+def test_trees_are_timed_before_the_answers_time_begins(runs, capsys, monkeypatch, caplog):
+    order = []
+    warm_up, answer = medusa_model.warm_up, Answerer.answer
+    monkeypatch.setattr(medusa_model, "warm_up", lambda *given: order.append("warm-up") or warm_up(*given))
+    monkeypatch.setattr(Answerer, "answer", lambda *given: order.append("answer") or answer(*given))
+    with caplog.at_level("INFO"):
+        run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--max-new-tokens", 9)
+    assert order == ["warm-up", "answer"]
+    assert "timed steps for " in caplog.text
+
+
+def test_tree_beside_the_heads_is_considered(runs, capsys, tmp_path, monkeypatch):
+    shutil.copytree(runs / "medusa-1", tmp_path / "run")
+    tree = Tree(((0,), (1,), (2,)))
+    write_tree(tmp_path / "run" / "tree.json", tree, expected_acceptance_length=1.9)
+    given = []
+    monkeypatch.setattr(medusa_model, "warm_up", lambda _, chooser, *__: given.append(chooser))
+    run(capsys, "generate", tmp_path / "run", "--prompt", "Hi", "--max-new-tokens", 9)
+    assert tree in given[0].trees and given[0]._lengths[tree].mean == pytest.approx(1.9)
 
 
 def test_generate_with_an_adapter_is_the_adapted_models_answer(runs, capsys):
@@ -239,6 +293,21 @@ def test_compile_reaches_the_decoder(command, runs, capsys, monkeypatch):
     error = run(capsys, command, runs / "medusa-1", *options, "--compile", status=1).err
     assert error.endswith(f"axolotl-medusa {command}: error: nothing can be compiled\n")
     assert compiled == ["inductor"]
+
+
+def test_compiled_decoding_has_one_tree_and_says_which(runs, capsys, monkeypatch):
+    given = []
+
+    def stop(self, *_, tree, compile, **__):
+        given.append((tree.num_nodes, compile))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(MedusaModel, "generate", stop)
+    error = run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--compile", status=1).err
+    assert (
+        "[tree: 64 nodes, whatever it costs here: --compile has one tree for all steps, --tree names another]" in error
+    )
+    assert given == [(64, True)]
 
 
 @pytest.mark.parametrize(("option", "dtype"), [("auto", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from axolotl_medusa.decoding.default_dtype import dtype_here
 from axolotl_medusa.decoding.load_target import OwnCodeError, explained_code
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.errors import first_line
@@ -21,7 +22,7 @@ DTYPES: dict[str, torch.dtype | str] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-"""Types to load a model in, `auto` for the one that it is stored in."""
+"""Types to load a model in, `auto` for the one that it is stored in, or as `dtype_here` says."""
 
 
 def load_decoder(
@@ -117,7 +118,7 @@ def load_original(
         original = source.config.get("base_model_name_or_path")
     if original is None:
         raise ValueError(f"{source.heads_dir} does not say which model training started from: name it with --original")
-    options = {"dtype": "auto", "trust_remote_code": trust_remote_code}
+    options = {"dtype": dtype_here("auto", original, device), "trust_remote_code": trust_remote_code}
     try:
         with explained_code(original):
             return AutoModelForCausalLM.from_pretrained(original, **options).to(device).eval()

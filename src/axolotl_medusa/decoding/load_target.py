@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from axolotl_medusa.decoding.default_dtype import dtype_here
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.anatomy import causal_lm, embedding_shape, frozen_output_embedding, output_embedding
 from axolotl_medusa.model.heads import MedusaHeads
-from axolotl_medusa.model.heads_directory import HeadsFile, lm_head_hash, read_heads, weight_hash
+from axolotl_medusa.model.heads_directory import HeadsFile, read_heads, weight_hash
 from axolotl_medusa.model.sources import Source, find_source
 from axolotl_medusa.model.stored_embeddings import stored_output_embedding
 
@@ -41,7 +42,7 @@ def load_target(
     Args:
         heads: A canonical directory, an output_dir or a checkpoint.
         base_model: The base model as the heads need it, or its directory or Hub name; by default what training wrote.
-        dtype: Type to load the model in, `auto` for the one it is stored in.
+        dtype: Type to load the model in, `auto` for the one it is stored in, or as `dtype_here` says.
         device: Where to put it.
         **load_options: Given to transformers' `from_pretrained`; without `trust_remote_code=True` no code of a model is run.
 
@@ -51,14 +52,15 @@ def load_target(
     source = find_source(heads, None if isinstance(base_model, nn.Module) else _text(base_model))
     file = read_heads(source.heads_dir)
     if isinstance(base_model, nn.Module):
-        check_sizes(base_model, file.build("meta"))
-        found = {lm_head_hash(base_model)} | _hashes(frozen_output_embedding(output_embedding(base_model)).weight)
-        _check_hash(source, found, type(causal_lm(base_model)).__name__)
+        check_sizes(base_model, file.as_heads())
+        weight: Tensor = frozen_output_embedding(output_embedding(base_model)).weight
+        _check_hash(source, lambda: weight, type(causal_lm(base_model)).__name__)
         return base_model, file
     directory = source.model_dir()
     stored = stored_output_embedding(directory)
     _check_shape(stored.shape, (file.config["vocab_size"], file.config["hidden_size"]), str(directory))
-    _check_hash(source, _hashes(stored.load()), str(directory))
+    _check_hash(source, stored.load, str(directory))
+    dtype = dtype_here(dtype, directory, device, stored.dtype, **load_options)
     return _load(source, directory, dtype, device, load_options), file
 
 
@@ -80,27 +82,40 @@ def _check_shape(found: tuple[int, ...], expected: tuple[int, int], model: str) 
         )
 
 
-def _check_hash(source: Source, found: set[str], model: str) -> None:
+def _check_hash(source: Source, load: Callable[[], Tensor], model: str) -> None:
+    """Compares an output embedding with the hash that training wrote down, if it did, in one type after the other."""
     expected = source.meta.get("lm_head_sha256")
-    if expected is None or expected in found:
+    if expected is None:
         return
+    weight, own = load(), None
+    for dtypes in _trained_types(weight.dtype, source.meta.get("dtype")):
+        found = weight_hash(weight, *dtypes)
+        if found == expected:
+            return
+        own = own or found
     if source.meta.get("recipe") == "medusa-2" and source.model_kind == "base":
         # A merged adapter may have changed the output embedding, rightly so; its hash was taken without the adapter.
         LOG.warning("cannot tell whether %s is the model that %s was trained with", model, source.heads_dir)
         return
     raise ValueError(
         f"the output embedding of {model} is another than the one that {source.heads_dir} was trained with "
-        f"(SHA-256 {min(found)[:12]}, expected {expected[:12]}): give the base model that they were trained with"
+        f"(SHA-256 {str(own)[:12]}, expected {expected[:12]}): give the base model that they were trained with"
     )
 
 
-def _hashes(weight: Tensor) -> set[str]:
-    """SHA-256 of an output embedding in every type that a model may have been trained in."""
-    if not weight.is_floating_point():
-        return set()
-    weight = weight.detach().cpu()
-    rounded = [weight.to(dtype) for dtype in _HASHED_DTYPES]
-    return {weight_hash(tensor) for tensor in (*rounded, *(half.float() for half in rounded[1:]))}
+def _trained_types(stored: torch.dtype, heads_dtype: str | None) -> list[tuple[torch.dtype, ...]]:
+    """Types that an output embedding may have had in training, each as the conversions that lead to it, the likeliest first.
+
+    Args:
+        stored: The type that it is stored in; no conversion comes first.
+        heads_dtype: Type that the heads had, as `medusa_meta.json` names it; that comes next.
+    """
+    if not stored.is_floating_point:
+        return [()]
+    ways: list[tuple[torch.dtype, ...]] = [(dtype,) for dtype in _HASHED_DTYPES if dtype != stored]
+    ways += [(half, torch.float32) for half in _HASHED_DTYPES if half not in (stored, torch.float32)]
+    named = getattr(torch, str(heads_dtype), None)
+    return [(), *sorted(ways, key=lambda way: way[-1] != named)]
 
 
 def _load(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from axolotl_medusa.decoding.acceptance import AcceptanceRule, tree_tensors
 from axolotl_medusa.decoding.compiled import CompiledBackbone
 from axolotl_medusa.decoding.target_cache import TargetCache
-from axolotl_medusa.decoding.tree import Tree
+from axolotl_medusa.decoding.tree import Choice, Tree
 
 
 class ModelWithHeads(Protocol):
@@ -74,6 +74,8 @@ class Decoding:
             stopped as rows too.
         target: The target's cache.
         stats: What it has taken so far.
+        hidden: The states that the heads are asked about next, each before a row's last token, `[B, H]`.
+        accepted: What the last step accepted of its tree in every row: a choice of it, empty for the root.
     """
 
     def __init__(
@@ -91,14 +93,21 @@ class Decoding:
         self.tokens: list[list[int]] = [[] for _ in input_ids]
         self.rows = list(range(len(input_ids)))
         self._cache_rows = self.rows  # where those are in the cache
-        self.target = TargetCache(model.base_model, attention_mask, compiled, max_new_tokens + tree.num_nodes)
+        # A row that stops within an accepted path is up to `depth` columns longer than its tokens; nodes come after them.
+        room = max_new_tokens + tree.depth + tree.num_nodes
+        self.target = TargetCache(model.base_model, attention_mask, compiled, room)
         self.stats = GenerationStats()
         self._model, self._rule = model, rule
         self._tree, self._root_alone = tree_tensors(tree, input_ids.device), tree_tensors(Tree(), input_ids.device)
         self._max_new_tokens, self._eos_token_ids = max_new_tokens, frozenset(eos_token_ids)
         self._prompts: Tensor | None = input_ids
         self._roots = input_ids[:, -1]
-        self._hidden = torch.empty(0)
+        self.hidden = torch.empty(0)
+        self.accepted: list[Choice] = []
+
+    def use(self, tree: Tree) -> None:
+        """Verifies another tree from the next step on; a compiled target has one tree for all steps."""
+        self._tree = tree_tensors(tree, self._roots.device)
 
     def step(self) -> list[list[int]]:
         """One forward of the target: over the prompts at first, over a candidate tree from then on.
@@ -114,8 +123,9 @@ class Decoding:
         accepted = self._rule(self._model.logits(hidden), tokens, tree)
         on_device = torch.cat([torch.stack(accepted), tokens[:, 1:].T])
         nodes, own, *drafts = on_device.tolist()  # one transfer: the device is waited for once per step
-        self._hidden = hidden[torch.arange(len(hidden), device=hidden.device), accepted.node]
+        self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), accepted.node]
         self._roots = accepted.token
+        self.accepted = [tree.tree.choices[node - 1] if node else () for node in nodes]
         new = [
             [*(drafts[node - 1][row] for node in tree.tree.paths[nodes[row]][1:]), own[row]] for row in self._cache_rows
         ]
@@ -129,7 +139,7 @@ class Decoding:
         tree = self._tree
         if not tree.tree.choices:
             return self._roots[:, None]
-        best = self._model.draft_logits(self._hidden, tree.tree.depth).topk(tree.tree.top_k, -1).indices
+        best = self._model.draft_logits(self.hidden, tree.tree.depth).topk(tree.tree.top_k, -1).indices
         return torch.cat([self._roots[:, None], best[:, tree.heads, tree.ranks].to(self._roots.device)], -1)
 
     def _emit(self, new: list[list[int]]) -> list[list[int]]:
@@ -160,7 +170,7 @@ class Decoding:
             self._cache_rows = [self._cache_rows[index] for index in running]
             return
         self.target.select_rows(running)
-        self._hidden, self._roots = self._hidden[running], self._roots[running]
+        self.hidden, self._roots = self.hidden[running], self._roots[running]
         self._cache_rows = list(range(len(running)))
 
 

@@ -6,19 +6,22 @@ Contract: needs torch and transformers only. A step forwards a candidate tree (`
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from axolotl_medusa.decoding.acceptance import Acceptance, accept_greedy, acceptance_rule
+from axolotl_medusa.decoding.acceptance import Acceptance, AcceptanceRule, accept_greedy, acceptance_rule
+from axolotl_medusa.decoding.auto_decoding import AutoDecoding, warm_up
 from axolotl_medusa.decoding.compiled import CompiledBackbone
 from axolotl_medusa.decoding.load_target import check_sizes, load_target
 from axolotl_medusa.decoding.loop import Decoding, GenerationStats, check_prompts
 from axolotl_medusa.decoding.target_cache import check_target
 from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, Tree, default_tree, named_tree
+from axolotl_medusa.decoding.tree_chooser import AUTO, TreeChooser, candidate_trees, tuned_trees
 from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, logit_transform, output_embedding
 from axolotl_medusa.model.heads import MedusaHeads
 
@@ -54,7 +57,10 @@ class MedusaModel:
         self.heads = heads.to(device=weight.device, dtype=dtype).eval()
         self._transform = logit_transform(causal_lm(base_model).config)
         self._compile_backend = "inductor"
+        self._clock = time.perf_counter
         self._compiled: CompiledBackbone | None = None
+        self._chooser: TreeChooser | None = None
+        self._tuned: dict[Tree, float] = {}
 
     @classmethod
     def from_pretrained(
@@ -70,7 +76,8 @@ class MedusaModel:
         Args:
             heads: A canonical directory, an output_dir or a checkpoint.
             base_model: The base model, or its directory or Hub name; by default what training wrote down.
-            dtype: Type to load the model in, `auto` for the one it is stored in.
+            dtype: Type to load the model in, `auto` for the one it is stored in; a model in bf16 is loaded in fp32 where it
+                goes to a CPU without instructions for bf16.
             device: Where to put it; by default where transformers puts it.
             **load_options: Given to transformers' `from_pretrained`, e.g. `quantization_config`, `device_map`, or
                 `trust_remote_code=True`, without which no code of a model is run.
@@ -79,7 +86,9 @@ class MedusaModel:
             ValueError: There are no heads or no model, or the heads belong to another model.
         """
         model, file = load_target(heads, base_model, dtype, device, **load_options)
-        return cls(model, file.build())
+        medusa = cls(model, file.as_heads())
+        medusa._tuned = tuned_trees(Path(heads), medusa.heads.num_heads, medusa.heads.vocab_size)
+        return medusa
 
     @property
     def context(self) -> int | None:
@@ -102,6 +111,18 @@ class MedusaModel:
         if self._compiled is None:
             self._compiled = CompiledBackbone(self.base_model, self._compile_backend)
         return self._compiled
+
+    def chooser(self) -> TreeChooser:
+        """What chooses the trees of `auto`, one for all decodings, so that what it learned is used again.
+
+        When it is first asked for, steps are timed for about a second (`WARM_UP_S`).
+        """
+        if self._chooser is None:
+            num_heads = self.heads.num_heads
+            chooser = TreeChooser(candidate_trees(num_heads, self.heads.vocab_size), self._tuned)
+            warm_up(self, chooser, num_heads, self._clock)
+            self._chooser = chooser
+        return self._chooser
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The target's logits, `[..., vocab_size]`, of hidden states after the final norm, `[..., hidden_size]`."""
@@ -142,21 +163,49 @@ class MedusaModel:
     def greedy_decoding(
         self,
         input_ids: Tensor,
-        tree: Tree,
+        tree: Tree | Literal["auto"],
         max_new_tokens: int,
         eos_token_ids: Collection[int] = (),
         compile: bool = False,
     ) -> Decoding:
         """Greedy decoding of prompts of one length, `[batch, prompt]`, to be stepped by whoever measures or shows it."""
-        return Decoding(
+        mask = torch.ones_like(input_ids)
+        return self._decoding(input_ids, mask, tree, accept_greedy, max_new_tokens, eos_token_ids, compile)
+
+    def _decoding(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        tree: Tree | Literal["auto"],
+        rule: AcceptanceRule,
+        max_new_tokens: int,
+        eos_token_ids: Collection[int],
+        compile: bool,
+    ) -> Decoding:
+        if isinstance(tree, Tree):
+            return Decoding(
+                self,
+                input_ids,
+                attention_mask,
+                tree=tree,
+                rule=rule,
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=eos_token_ids,
+                compiled=self.compiled() if compile else None,
+            )
+        if len(input_ids) > 1 or compile:
+            found = "compile=True" if compile else f"a batch of {len(input_ids)}"
+            raise ValueError(f"tree='auto' with {found}, expected one prompt that is not compiled: name a tree")
+        return AutoDecoding(
             self,
             input_ids,
-            torch.ones_like(input_ids),
-            tree=tree,
-            rule=accept_greedy,
+            attention_mask,
+            chooser=self.chooser(),
+            num_heads=self.heads.num_heads,
+            rule=rule,
             max_new_tokens=max_new_tokens,
             eos_token_ids=eos_token_ids,
-            compiled=self.compiled() if compile else None,
+            clock=self._clock,
         )
 
     @torch.no_grad()
@@ -190,7 +239,10 @@ class MedusaModel:
             input_ids: Prompts, padded on the left, `[batch, prompt]`.
             attention_mask: 1 for tokens, 0 for padding, `[batch, prompt]`; by default padding is where `pad_token_id` is.
             max_new_tokens: Tokens that a row gets at most.
-            tree: A candidate tree, its file, `chain`, `chain-3`, `default`, `default-16`, or `none` for plain decoding.
+            tree: A candidate tree, its file, `chain`, `chain-3`, `default`, `default-16`, or `none` for plain decoding. By
+                default the tree of 64 nodes, whatever it costs here: a call takes the same steps, and draws the same tokens
+                from the same seed, every time. `auto`, for one prompt, chooses step by step what is fastest here, plain
+                decoding where no tree is (`tree_chooser`); its first call times steps for a second.
             do_sample: Whether to sample instead of greedy decoding.
             temperature: T of sampling and of typical acceptance.
             acceptance: `greedy` (lossless), `rejection` (exactly the model's distribution at T), or `typical` (the paper's:
@@ -222,16 +274,11 @@ class MedusaModel:
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer takes one prompt, the batch has {len(input_ids)}: leave the streamer out")
         device = causal_lm(self.base_model).get_input_embeddings().weight.device
-        decoding = Decoding(
-            self,
-            input_ids.to(device),
-            attention_mask.to(device),
-            tree=self.tree(tree),
-            rule=rule,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-            compiled=self.compiled() if compile else None,
-        )
+        if tree == AUTO and acceptance == "typical":
+            raise ValueError("tree='auto' with acceptance='typical', whose text depends on the tree: name a tree")
+        chosen: Tree | Literal["auto"] = AUTO if tree == AUTO else self.tree(tree)
+        prompt, mask = input_ids.to(device), attention_mask.to(device)
+        decoding = self._decoding(prompt, mask, chosen, rule, max_new_tokens, eos_token_ids, compile)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         while decoding.rows:

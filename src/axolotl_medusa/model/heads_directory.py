@@ -31,6 +31,9 @@ from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.secrets import without_secrets
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, whole_or_nothing, write_json
 
+_HASHED_AT_ONCE = 1 << 20
+"""Elements of a weight that are hashed at a time."""
+
 _VERSIONS_OF = ("axolotl-medusa", "axolotl", "torch", "transformers", "peft")
 _LARGEST_SIZE = 2**31 - 1
 """Of a hidden state or a vocabulary."""
@@ -57,18 +60,26 @@ class HeadsFile:
 
     def build(self, device: torch.device | str | None = None) -> MedusaHeads:
         """Builds the heads with these weights, in the type they were saved in."""
-        dtype = next(iter(self.tensors.values())).dtype
-        heads = MedusaHeads(
+        heads = self._empty(device)
+        heads.load_state_dict(self.head_tensors())
+        return heads
+
+    def as_heads(self) -> MedusaHeads:
+        """The heads made of these very tensors: nothing is copied, nor first filled with random numbers."""
+        heads = self._empty("meta")
+        heads.load_state_dict(self.head_tensors(), assign=True)
+        return heads
+
+    def _empty(self, device: torch.device | str | None) -> MedusaHeads:
+        return MedusaHeads(
             self.config["hidden_size"],
             self.config["vocab_size"],
             self.config["medusa_num_heads"],
             self.config["medusa_num_layers"],
             self.form,
-            dtype=dtype,
+            dtype=next(iter(self.tensors.values())).dtype,
             device=device,
         )
-        heads.load_state_dict(self.head_tensors())
-        return heads
 
     def head_tensors(self) -> dict[str, Tensor]:
         """The tensors that are the heads' own."""
@@ -133,9 +144,20 @@ def parameter_hash(parameter: Tensor, keep: bool = True) -> str:
         return weight_hash(values.cpu()) if keep else ""
 
 
-def weight_hash(weight: Tensor) -> str:
-    """SHA-256 of the bytes of a weight on the CPU, in the type that it has."""
-    return hashlib.sha256(weight.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+def weight_hash(weight: Tensor, *dtypes: torch.dtype) -> str:
+    """SHA-256 of the bytes of a weight, read by few rows at a time, so that no copy of it is made.
+
+    Args:
+        weight: The weight, `[rows, ...]`.
+        *dtypes: Types that it is turned into before, one after the other; without any it is hashed in its own.
+    """
+    digest = hashlib.sha256()
+    rows_at_once = max(1, _HASHED_AT_ONCE * len(weight) // max(1, weight.numel()))
+    for rows in torch.split(weight.detach(), rows_at_once):
+        for dtype in dtypes:
+            rows = rows.to(dtype)
+        digest.update(rows.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def output_layer_weight(model: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TextIO, cast
+from typing import Any, Literal, TextIO, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from axolotl_medusa.decoding.loop import GenerationStats
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.tree import Tree
+from axolotl_medusa.decoding.tree_chooser import AUTO
 from axolotl_medusa.terminal.prompts import Message, Prompt, prompt_tokens
 
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
@@ -75,7 +76,7 @@ class Answerer:
     Attributes:
         model: The model with its heads.
         tokenizer: Its tokenizer.
-        tree: The candidate tree.
+        tree: The candidate tree, or `auto`.
         temperature: 0 for greedy decoding, else exact sampling at this temperature.
         max_new_tokens: Tokens per answer at most; fewer where the model's context ends.
         out: Where answers are printed.
@@ -85,7 +86,7 @@ class Answerer:
 
     model: MedusaModel
     tokenizer: Any
-    tree: Tree
+    tree: Tree | Literal["auto"]
     temperature: float
     max_new_tokens: int
     out: TextIO
@@ -100,7 +101,7 @@ class Answerer:
         """Prints the answer to the last user turn while it is written.
 
         Returns:
-            Its text, and a line on speed and acceptance length.
+            Its text, and a line on speed and acceptance length and, if the tree was chosen, why.
 
         Raises:
             ValueError: The prompt does not fit the model's context, or has several turns and there is no chat template.
@@ -125,7 +126,8 @@ class Answerer:
         sequences, stats = cast(tuple[Tensor, GenerationStats], generated)
         seconds = time.perf_counter() - begin
         text = self.tokenizer.decode(sequences[0, len(tokens) :].tolist(), skip_special_tokens=True)
-        return text, speed_line(stats, seconds)
+        reason = f"; {self.model.chooser().reason()}" if self.tree == AUTO else ""
+        return text, speed_line(stats, seconds) + reason
 
 
 def speed_line(stats: GenerationStats, seconds: float) -> str:

@@ -11,13 +11,14 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from axolotl_medusa.decoding.load_decoder import load_decoder, load_original
 from axolotl_medusa.decoding.medusa_model import MedusaModel
-from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, chain, default_tree, write_tree
+from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, Tree, chain, default_tree, write_tree
+from axolotl_medusa.decoding.tree_chooser import AUTO
 from axolotl_medusa.measuring.evaluate import PromptTokens, check_fits, environment, evaluate
 from axolotl_medusa.measuring.plots import PLOTS, check_matplotlib, check_plots, write_plots
 from axolotl_medusa.measuring.quality import compare_models
@@ -141,21 +142,36 @@ def run_demo(options: argparse.Namespace) -> None:
     model, tokenizer = _load(options)
     tokens = prompt_tokens(tokenizer, Prompt("given", ({"role": "user", "content": options.prompt},)))
     check_fits(model, [PromptTokens("given", tokens)], options.max_new_tokens)
-    tree = model.tree(options.tree)
+    tree = _answering_tree(options, model)
     race(model, tokenizer, tokens, tree, options.max_new_tokens, sys.stdout, options.compile)
 
 
 def _answerer(options: argparse.Namespace, model: MedusaModel, tokenizer: Any) -> Answerer:
-    tree = model.tree(options.tree)
     return Answerer(
         model,
         tokenizer,
-        tree,
+        _answering_tree(options, model),
         options.temperature,
         options.max_new_tokens,
         sys.stdout,
         compile=options.compile,
     )
+
+
+def _answering_tree(options: argparse.Namespace, model: MedusaModel) -> Tree | Literal["auto"]:
+    """The tree that answers are decoded with; where it is to be chosen, steps are timed before the first answer begins."""
+    if options.tree != AUTO:
+        return model.tree(options.tree)
+    if options.compile:
+        tree = model.tree()
+        print(
+            f"[tree: {tree.num_nodes} nodes, whatever it costs here: --compile has one tree for all steps, "
+            "--tree names another]",
+            file=sys.stderr,
+        )
+        return tree
+    model.chooser()
+    return AUTO
 
 
 def _load(options: argparse.Namespace) -> tuple[MedusaModel, Any]:

@@ -11,13 +11,14 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.plain import PlainDecoding
 from axolotl_medusa.decoding.tree import Tree
+from axolotl_medusa.decoding.tree_chooser import AUTO
 from axolotl_medusa.measuring.step_times import timed
 from axolotl_medusa.model.anatomy import causal_lm
 
@@ -35,6 +36,7 @@ class _Runner:
         done: Whether there is none left to make.
         tokens: New tokens so far.
         acceptance_length: Tokens per forward so far.
+        reason: Why it decodes as it does, empty where a user said so.
         seconds: Time that its steps took.
     """
 
@@ -43,13 +45,14 @@ class _Runner:
     done: Callable[[], bool]
     tokens: list[int]
     acceptance_length: Callable[[], float]
+    reason: Callable[[], str] = str
     seconds: float = 0.0
 
     def line(self) -> str:
         """Its result."""
         return (
             f"{self.name}: {len(self.tokens)} tokens, {len(self.tokens) / self.seconds:.1f} tokens/s, "
-            f"acceptance length {self.acceptance_length():.2f}"
+            f"acceptance length {self.acceptance_length():.2f}" + (f"; {reason}" if (reason := self.reason()) else "")
         )
 
 
@@ -58,7 +61,7 @@ def race(
     model: MedusaModel,
     tokenizer: Any,
     prompt: list[int],
-    tree: Tree,
+    tree: Tree | Literal["auto"],
     max_new_tokens: int,
     out: TextIO,
     compile: bool = False,
@@ -69,7 +72,7 @@ def race(
         model: The model with its heads.
         tokenizer: Its tokenizer.
         prompt: The prompt's tokens.
-        tree: The candidate tree.
+        tree: The candidate tree, or `auto`.
         max_new_tokens: Tokens to write at most.
         out: Where to print; texts grow in place if it is a terminal, else they are printed once.
         compile: Whether the tree's forward is compiled.
@@ -79,10 +82,16 @@ def race(
     def runners() -> tuple[_Runner, _Runner]:
         plain = PlainDecoding(model.base_model, ids, max_new_tokens, model.eos_token_ids)
         medusa = model.greedy_decoding(ids, tree, max_new_tokens, model.eos_token_ids, compile)
+        reason = model.chooser().reason if tree == AUTO else str
         return (
             _Runner("plain", plain.step, lambda: plain.done, plain.tokens, lambda: 1.0),
             _Runner(
-                "Medusa", medusa.step, lambda: not medusa.rows, medusa.tokens[0], lambda: medusa.stats.acceptance_length
+                "Medusa",
+                medusa.step,
+                lambda: not medusa.rows,
+                medusa.tokens[0],
+                lambda: medusa.stats.acceptance_length,
+                reason,
             ),
         )
 

@@ -1,0 +1,147 @@
+"""Decoding of one prompt whose tree is chosen step by step, and the warm-up that times trees before the first answer.
+
+Contract: runs and times what `tree_chooser` decides; the tokens of greedy decoding are the same whatever it decides.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from axolotl_medusa.decoding.acceptance import AcceptanceRule, accept_greedy
+from axolotl_medusa.decoding.loop import Decoding, ModelWithHeads
+from axolotl_medusa.decoding.tree import Tree
+from axolotl_medusa.decoding.tree_chooser import PLAIN, POSITIONS, TreeChooser
+from axolotl_medusa.model.anatomy import causal_lm
+
+LOG = logging.getLogger(__name__)
+
+WARM_UP_S = 1.0
+"""Seconds after which the warm-up begins no further step."""
+
+_ROUNDS = 4
+_WARM_UP_TEXT = 16
+
+
+class AutoDecoding(Decoding):
+    """One prompt that is being decoded with the trees that a chooser names.
+
+    Args:
+        model: The target and its heads.
+        input_ids: The prompt, `[1, prompt]`.
+        attention_mask: 1 for its tokens, 0 for padding, `[1, prompt]`.
+        chooser: Names the trees, and learns.
+        num_heads: Heads that there are.
+        rule: Which draft tokens are accepted: one that accepts the tokens that plain decoding would write.
+        max_new_tokens: Tokens to write at most, at least 1.
+        eos_token_ids: Tokens after which it stops.
+        clock: Seconds of a clock that never goes back.
+    """
+
+    def __init__(
+        self,
+        model: ModelWithHeads,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        chooser: TreeChooser,
+        num_heads: int,
+        rule: AcceptanceRule,
+        max_new_tokens: int,
+        eos_token_ids: Collection[int] = (),
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(
+            model,
+            input_ids,
+            attention_mask,
+            tree=PLAIN,
+            rule=rule,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+        )
+        self._chooser, self._num_heads, self._clock = chooser, num_heads, clock
+        self._waiting: deque[tuple[int, Tensor]] = deque(maxlen=POSITIONS + num_heads)
+        chooser.begin(max_new_tokens)
+
+    def step(self) -> list[list[int]]:
+        """One forward of the target, as `Decoding.step`, and sometimes one of the heads over positions that are past."""
+        if not self.tokens[0]:
+            return super().step()
+        tree = self._chooser.next()
+        self.use(tree)
+        written, hidden = len(self.tokens[0]), self.hidden
+        begin = self._clock()
+        new = super().step()
+        self._chooser.stepped(tree, self.accepted[0], len(new[0]), self._clock() - begin)
+        if tree == PLAIN:
+            self._waiting.append((written, hidden))
+        known = [place for place in self._waiting if place[0] + self._num_heads <= len(self.tokens[0])][-POSITIONS:]
+        if self.rows and self._chooser.wants_count(len(known)):
+            begin = self._clock()
+            places = [[self.tokens[0][first + head] for head in range(self._num_heads)] for first, _ in known]
+            ranks = head_ranks_of(self._model, torch.cat([hidden for _, hidden in known]), places)
+            self._chooser.counted(ranks, self._clock() - begin)
+            self._waiting.clear()
+        return new
+
+
+def head_ranks_of(model: ModelWithHeads, hidden: Tensor, tokens: list[list[int]]) -> list[list[int]]:
+    """Ranks of known tokens among the heads' best.
+
+    Args:
+        model: The target and its heads.
+        hidden: Hidden states after the final norm, `[positions, H]`.
+        tokens: Per position the token that head 0, 1, ... should have predicted, `[positions][heads]`.
+
+    Returns:
+        `[positions][heads]`, 0 for a head's best token; a token that others tie with counts as the worst of them.
+    """
+    logits = model.draft_logits(hidden, len(tokens[0]))
+    wanted = logits.gather(-1, torch.tensor(tokens, device=logits.device)[..., None])
+    ranks: list[list[int]] = ((logits >= wanted).sum(-1) - 1).tolist()
+    return ranks
+
+
+@torch.no_grad()
+def warm_up(model: ModelWithHeads, chooser: TreeChooser, num_heads: int, clock: Callable[[], float]) -> None:
+    """Times plain steps, trees and heads for about `WARM_UP_S`, so that the first answer begins with what is known by then.
+
+    Args:
+        model: The target and its heads.
+        chooser: Learns what is timed.
+        num_heads: Heads that there are.
+        clock: Seconds of a clock that never goes back.
+    """
+    embedding = causal_lm(model.base_model).get_input_embeddings().weight
+    text = torch.arange(_WARM_UP_TEXT, device=embedding.device)[None] % len(embedding)
+    begun = clock()
+    decoding = Decoding(model, text, torch.ones_like(text), tree=PLAIN, rule=accept_greedy, max_new_tokens=1 << 30)
+    decoding.step()
+
+    def steps(tree: Tree, count: int = 1) -> None:
+        decoding.use(tree)
+        for _ in range(count):
+            if clock() - begun < WARM_UP_S:
+                begin = clock()
+                decoding.step()
+                chooser.timed(tree, clock() - begin)
+
+    for round_ in range(_ROUNDS):
+        for index in _spread(len(chooser.trees)):
+            steps(PLAIN)
+            steps(chooser.trees[index], 1 if round_ else 2)
+        if clock() - begun < WARM_UP_S:
+            begin = clock()
+            head_ranks_of(model, decoding.hidden.expand(POSITIONS, -1), [[0] * num_heads] * POSITIONS)
+            chooser.timed_count(clock() - begin)
+    LOG.info("timed steps for %.1f s, to choose trees by", clock() - begun)
+
+
+def _spread(count: int) -> list[int]:
+    """All of 0 to `count - 1`: the first, the last, and then those between."""
+    return sorted(range(count), key=lambda index: (index not in (0, count - 1), index))
