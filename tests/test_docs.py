@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from docs import write_pages
 from docs.write_pages import MARKED, TABLES, table, with_tables
 
 from axolotl_medusa.cli import COMMANDS
@@ -57,11 +56,16 @@ def test_table_escapes_what_would_end_a_cell():
     assert table(("a",), [("b | c",)]) == "| a |\n| --- |\n| b \\| c |\n"
 
 
-def test_writing_the_pages_again_changes_nothing():
-    before = {name: text_of(name) for name in PAGES}
-    done = subprocess.run([sys.executable, "-m", "docs.write_pages"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert {name: text_of(name) for name in PAGES} == before
+def test_pages_are_written_where_their_tables_have_changed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "prose.md").write_text("nothing is marked here\n")
+    (tmp_path / "keys.md").write_text("# Keys\n<!-- table yaml_keys -->\nold\n<!-- end -->\nAfter.\n")
+    monkeypatch.setattr(write_pages, "FOLDER", tmp_path)
+    write_pages.main()
+    assert capsys.readouterr().out == f"written: {tmp_path / 'keys.md'}\n"
+    begin, end = "# Keys\n<!-- table yaml_keys -->\n", "<!-- end -->\nAfter.\n"
+    assert (tmp_path / "keys.md").read_text() == begin + TABLES["yaml_keys"]() + end
+    write_pages.main()
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", PAGES)

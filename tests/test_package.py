@@ -18,7 +18,20 @@ import axolotl_medusa
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "axolotl_medusa"
-NOT_COPIED = (".*", "__pycache__", "*.egg-info", "build", "dist", "outputs", "last_run_prepared", "wandb", "model-out")
+NOT_COPIED = (
+    ".*",
+    "__pycache__",
+    "*.egg-info",
+    "build",
+    "dist",
+    "data",
+    "outputs",
+    "last_run_prepared",
+    "wandb",
+    "model-out",
+)
+"""What tools and runs leave behind; git ignores most of it."""
+
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 
