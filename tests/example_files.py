@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from axolotl_medusa.training.args import RENAMED_BY_AXOLOTL, MedusaArgs, renamed_key_hints
+from axolotl_medusa.training.args import MedusaArgs
+from axolotl_medusa.training.renamed_keys import RENAMED_BY_AXOLOTL, renamed_key_hints
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "medusa"

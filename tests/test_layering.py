@@ -48,6 +48,11 @@ STAYS_LIGHT = {
     "terminal.prompts",
     "training.args",
     "training.datasets",
+    "training.learning_rates",
+    "training.named_files",
+    "training.problems",
+    "training.refused_keys",
+    "training.renamed_keys",
     "training.schedule",
 }
 """Modules that import neither torch nor transformers when they are imported."""

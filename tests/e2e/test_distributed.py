@@ -122,15 +122,35 @@ def test_two_ddp_processes_share_a_hidden_cache_and_equal_one(one_process, make_
     assert_same(two, again)
 
 
-def test_two_zero3_processes_equal_one_and_gather_on_save(one_process, make_yaml, tmp_path, two_chats):
-    """With DeepSpeed on CPUs accelerate gives every rank the same data; so there is one conversation and micro-batch 1."""
+def zero3_yaml(make_yaml, tmp_path, two_chats, out, **changes):
+    """With DeepSpeed on CPUs accelerate gives every rank the same data; so there is one conversation and micro-batch 1.
+
+    Returns:
+        The YAML, and the data set for a run in one process.
+    """
     chat = tmp_path / "one.jsonl"
     chat.write_text(Path(two_chats[0]["path"]).read_text().splitlines()[0] + "\n")
     data = [{**two_chats[0], "path": str(chat)}]
-    two = tmp_path / "two"
     config = json.loads((ROOT / "deepspeed_configs" / "zero3_bf16.json").read_text())
-    config["bf16"] = {"enabled": False}
+    config |= {"bf16": {"enabled": False}, **changes.pop("deepspeed", {})}
     file = tmp_path / "zero3_fp32.json"
     file.write_text(json.dumps(config))
-    torchrun(make_yaml(**COMMON, datasets=data, output_dir=str(two), deepspeed=str(file)))
-    assert_same(one_process(datasets=data, micro_batch_size=1), two)
+    return make_yaml(**{**COMMON, **changes}, datasets=data, output_dir=str(out), deepspeed=str(file)), data
+
+
+def test_two_zero3_processes_equal_one_and_gather_on_save(one_process, make_yaml, tmp_path, two_chats):
+    two = tmp_path / "two"
+    config, data = zero3_yaml(make_yaml, tmp_path, two_chats, two, medusa_lr_multiplier=4.0)
+    torchrun(config)
+    assert_same(one_process(datasets=data, micro_batch_size=1, medusa_lr_multiplier=4.0), two)
+
+
+def test_two_zero3_processes_with_deepspeeds_own_optimizer_multiply_the_heads_learning_rate(
+    one_process, make_yaml, tmp_path, two_chats
+):
+    """DeepSpeed makes any optimizer of torch by its name; SGD shows the learning rate in every step."""
+    own = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_allow_untested_optimizer": True}
+    two = tmp_path / "two"
+    config, data = zero3_yaml(make_yaml, tmp_path, two_chats, two, medusa_lr_multiplier=4.0, deepspeed=own)
+    torchrun(config)
+    assert_same(one_process(datasets=data, micro_batch_size=1, medusa_lr_multiplier=4.0), two)

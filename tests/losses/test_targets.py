@@ -16,6 +16,16 @@ def test_sample_ids_restart_of_positions_starts_a_sample():
     assert sample_ids(torch.zeros(2, 1, dtype=torch.long)).tolist() == [[0], [0]]
 
 
+def test_medusa_targets_skipped_positions_are_inside_a_sample():
+    """Axolotl's `use_pose` skips positions to reach a longer context; a sample still begins at 0."""
+    labels = torch.arange(12)[None]
+    plain = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])
+    skipping = torch.tensor([[0, 1, 2, 90, 91, 200, 201, 0, 1, 47, 48, 300]])
+    assert torch.equal(medusa_targets(labels, 3, skipping), medusa_targets(labels, 3, plain))
+    assert torch.equal(medusa_targets(labels, 3, skipping), naive_targets(labels, 3, plain))
+    assert medusa_targets(labels, 1, skipping)[0, 2].tolist() == [3, 4]
+
+
 @pytest.mark.parametrize("num_heads", [1, 2, 3, 4, 5])
 def test_medusa_targets_equal_the_loop_over_rows_for_random_batches(num_heads):
     generator = torch.Generator().manual_seed(num_heads)

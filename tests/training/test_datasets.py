@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 
+from axolotl_medusa.training import datasets
 from axolotl_medusa.training.datasets import dataset_problems, token_columns_only
 
 USER, ASSISTANT, SYSTEM = ({"role": role, "content": "text"} for role in ("user", "assistant", "system"))
@@ -153,6 +155,94 @@ def test_dataset_problems_json_array_that_is_cut_off_is_an_error_that_names_the_
     path.write_text('[{"messages": []}, {"mess')
     with pytest.raises(ValueError, match=str(path)):
         problems(path)
+
+
+@pytest.mark.parametrize(
+    "end", [b"", b", garbage", b', {"messages": [' + b"[" * 100_000], ids=["none", "garbage", "deep"]
+)
+def test_dataset_problems_json_array_is_read_only_to_its_first_good_row(end, tmp_path):
+    """The rest of the file is a hole of a terabyte: whoever reads it is stopped by the memory or the time that it takes."""
+    path = tmp_path / "data.json"
+    good = json.dumps([{"messages": [USER]}, {"messages": [USER, ASSISTANT]}], indent=2).encode()[:-2]
+    with path.open("wb") as file:
+        file.write(good + end + b" " * 4096)
+        file.truncate(2**40)
+    assert problems(path) == []
+
+
+def test_dataset_problems_json_array_in_small_pieces_is_the_array(tmp_path, monkeypatch):
+    rows = [{"messages": 'naïve ☃ "]},'}, [1.5, -2e-3, "]"], None, 12345, True, {}, [], {"a": {"b": [1, [2]]}}]
+    path = tmp_path / "data.json"
+    for piece, indent in itertools.product((1, 2, 3, 5, 64), (None, 1)):
+        monkeypatch.setattr(datasets, "_CHUNK", piece)
+        for content in (rows, [], rows[:1]):
+            path.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+            with path.open("rb") as file:
+                assert list(datasets._rows(path, file)) == content
+
+
+ROW = json.dumps({"messages": [USER]})
+DAMAGED = {
+    "cut-off": f"[{ROW}, {ROW[:-5]}",
+    "no-comma": f"[{ROW} {ROW}]",
+    "comma-at-the-end": f"[{ROW},]",
+    "text-after-it": f"[{ROW}] {ROW}",
+    "nested-too-deeply": "[" * 200_000,
+    "number-of-5000-digits": f"[{'1' * 5000}]",
+}
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_dataset_problems_damaged_file_is_one_line_that_names_it(content, name, tmp_path):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{path}(:1)? is not JSON \(.*\): expected ") as error:
+        problems(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_dataset_problems_file_that_is_not_utf_8_is_one_line_that_names_it(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b'[{"messages": "\xff\xfe"}]\n')
+    with pytest.raises(ValueError, match=rf"{path}(:1)? is not JSON \('utf-8' codec can't decode"):
+        problems(path)
+
+
+def test_dataset_problems_file_that_may_not_be_read_is_one_line_that_names_it(tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path, [{"messages": [ASSISTANT]}])
+    monkeypatch.setattr(type(path), "open", refuse)
+    with pytest.raises(ValueError, match=rf"{path} cannot be read \(Permission denied\)"):
+        problems(path)
+
+
+@pytest.mark.parametrize(("name", "start"), [("data.json", b"[["), ("data.jsonl", b"[")])
+def test_dataset_problems_row_without_end_is_one_line_and_is_not_read_whole(name, start, tmp_path):
+    path = tmp_path / name
+    with path.open("wb") as file:
+        file.write(start)
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match=rf"{path}(:1)? is not JSON \(") as error:
+        problems(path)
+    assert name == "data.json" or "a row of more than 67,108,864 bytes" in str(error.value)
+
+
+def test_dataset_problems_a_long_look_without_a_good_row_is_left_to_axolotl(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "_LONGEST_LOOK", 1000)
+    monkeypatch.setattr(datasets, "_CHUNK", 100)
+    for name in ("data.json", "data.jsonl"):
+        assert problems(write(tmp_path, [{"messages": [USER]}] * 3, name)) != []
+        assert problems(write(tmp_path, [{"messages": [USER]}] * 100, name)) == []
+
+
+@pytest.mark.parametrize("labels", [3, "text", {"a": 1}])
+def test_dataset_problems_labels_of_another_shape_are_none(labels, tmp_path):
+    (line,) = problems(write(tmp_path, [{"labels": labels}]), type=None)
+    assert "none of its 1 rows has a label" in line
 
 
 def test_dataset_problems_json_array_after_a_blank_line_is_still_an_array(tmp_path):

@@ -6,15 +6,18 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 from axolotl.utils.dict import DictDefault
-from conftest import HIDDEN, VOCAB, add_lora, make_model
+from conftest import COMMON, HIDDEN, VOCAB, add_lora, make_model
 from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from axolotl_medusa.losses import chunked as chunked_loss
+from axolotl_medusa.model.anatomy import backbone
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.training import trainer as trainer_module
 from axolotl_medusa.training.args import MedusaArgs
-from axolotl_medusa.training.objective import metric_names
+from axolotl_medusa.training.objective import install_objective, metric_names
 from axolotl_medusa.training.trainable import check_trainable, heads_dtype, set_trainable
 from axolotl_medusa.training.trainer import EpochShuffle, MedusaTrainer, objective_of, warn_of_slow_precision
 
@@ -114,6 +117,53 @@ def test_set_trainable_last_layers_are_the_last_layers_and_the_final_norm(family
     assert any(name.startswith(layer) for name in names) and any(name.startswith(norm) for name in names)
 
 
+FINAL_NORMS = {
+    "bloom": (("h", "ln_f"), {"n_layer": 2, "n_head": 4}),
+    "opt": (("layers", "final_layer_norm"), {"ffn_dim": 64, "word_embed_proj_dim": HIDDEN}),
+    "falcon": (("h", "ln_f"), {}),
+    "gpt_neox": (("layers", "final_layer_norm"), {}),
+    "gpt_neo": (("h", "ln_f"), {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
+    "gptj": (("h", "ln_f"), {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+    "mpt": (("blocks", "norm_f"), {"d_model": HIDDEN, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "stablelm": (("layers", "norm"), {}),
+    "xglm": (("layers", "layer_norm"), {"d_model": HIDDEN, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64}),
+    "biogpt": (("layers", "layer_norm"), {}),
+    "lfm2": (("layers", "embedding_norm"), {}),
+    "gemma2": (("layers", "norm"), {}),
+    "olmo2": (("layers", "norm"), {}),
+    "starcoder2": (("layers", "norm"), {}),
+    "mamba": (("layers", "norm_f"), {"state_size": 8}),
+    "bart": (
+        ("layers", None),
+        {"d_model": HIDDEN, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
+    ),
+}
+"""Names of the layers and of the final norm (Bart has none), and sizes where a family calls them otherwise."""
+
+
+@pytest.mark.parametrize("family", FINAL_NORMS)
+def test_set_trainable_final_norm_and_no_other_trains_in_every_family(family):
+    (layers, norm), changes = FINAL_NORMS[family]
+    common = {key: value for key, value in COMMON.items() if key not in ("head_dim", "attn_implementation")}
+    options = AutoConfig.for_model(family, **{**common, **changes})
+    model = with_heads(AutoModelForCausalLM.from_config(options, attn_implementation="eager").float())
+    set_trainable(model, config(medusa_num_unfreeze_layers=1))
+    parts = [name.split(".") for name in trainable(model) if not name.startswith("medusa_heads.")]
+    assert {tuple(part[part.index(layers) :][:2]) if layers in part else part[-2] for part in parts} == {
+        (layers, "1"),
+        *([norm] if norm else []),
+    }
+    if norm:  # and it is the one whose output the heads see
+        outputs = []
+        module = next(
+            module for name, module in model.named_modules() if name.split(".")[-1] == norm and "layers.0" not in name
+        )
+        module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        with torch.no_grad():
+            hidden = backbone(model.eval())(input_ids=torch.arange(3, 9)[None], use_cache=False)[0]
+        assert torch.equal(outputs[-1], hidden)
+
+
 def test_set_trainable_more_layers_than_the_model_has_is_an_error():
     with pytest.raises(ValueError, match="medusa_num_unfreeze_layers is 3 but the model has 2 decoder layers"):
         set_trainable(with_heads(make_model()), config(medusa_num_unfreeze_layers=3))
@@ -194,3 +244,24 @@ def test_open_hidden_cache_announces_its_size_and_warns_where_no_sample_comes_tw
     assert line.endswith("2 rows of 32 in bf16, 1.28e-07 GB; 0 of 1 samples are stored")
     assert bool(said["warning"]) is warned
     assert trainer._cached_rows.cache.directory.parent == tmp_path / "c"
+
+
+@pytest.mark.parametrize("drop_attention_mask", [False, True])
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_columns_of_the_data_that_the_model_takes_reach_it(with_lora, drop_attention_mask, tmp_path):
+    """Positions that skip (`use_pose`) and a mask of the user's own must not be dropped where nothing is packed."""
+    from axolotl.core.training_args import AxolotlTrainingArguments
+
+    model = with_heads(add_lora(make_model()) if with_lora else make_model())
+    install_objective(model, objective_of(config()))
+    row = {"input_ids": [5, 6], "labels": [5, 6], "attention_mask": [1, 1], "position_ids": [0, 9], "note": "x"}
+    args = AxolotlTrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        sample_packing=drop_attention_mask,
+        sample_packing_drop_attention_mask=drop_attention_mask,
+    )
+    trainer = MedusaTrainer(model=model, args=args, train_dataset=Dataset.from_list([row]))
+    kept = set(trainer._remove_unused_columns(trainer.train_dataset, "evaluation").column_names)
+    assert kept == {"input_ids", "labels", "position_ids"} | (set() if drop_attention_mask else {"attention_mask"})

@@ -14,7 +14,9 @@ IGNORE_INDEX = -100
 
 
 def sample_ids(position_ids: Tensor) -> Tensor:
-    """Numbers the packed samples of each row of a batch: a sample starts where positions do not go on by one.
+    """Numbers the packed samples of each row of a batch: a sample starts where positions do not grow.
+
+    They grow by more than one inside a sample where axolotl's `use_pose` skips some.
 
     Args:
         position_ids: Positions, `[batch, seq]`, restarting in each packed sample.
@@ -22,7 +24,7 @@ def sample_ids(position_ids: Tensor) -> Tensor:
     Returns:
         Sample numbers, `[batch, seq]`, from 0 in each row.
     """
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    starts = position_ids[:, 1:] <= position_ids[:, :-1]
     return F.pad(starts.long().cumsum(dim=1), (1, 0))
 
 

@@ -6,13 +6,24 @@ rows itself; this only turns "nothing left" into a line that names the file, and
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from axolotl_medusa.errors import first_line
 
 _ASSISTANT_ROLES = ("assistant", "gpt")
 _JSON_SUFFIXES = (".json", ".jsonl")
+_NOT_BLANK = re.compile(r"[^ \t\n\r]")
+_CHUNK = 2**18
+_LONGEST_ROW = 2**26
+_LONGEST_LOOK = 2**28
+"""Bytes; where the first 268 million hold nothing to learn, the rest is left to axolotl."""
 _TOKEN_COLUMNS = frozenset({"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "length"})
 
 
@@ -20,10 +31,13 @@ def dataset_problems(cfg: Mapping[str, Any]) -> list[str]:
     """One line for each local dataset in which no row has a turn to train on.
 
     Checked are JSON and JSONL files with `type: chat_template` (an assistant turn) or an empty type (a label). A file
-    is read only as far as its first good row.
+    is read only as far as its first good row, by every process, piece by piece.
 
     Args:
         cfg: The YAML as a mapping.
+
+    Raises:
+        ValueError: A file cannot be read or is damaged before its first good row.
     """
     problems = []
     for entry in [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]:
@@ -34,9 +48,7 @@ def dataset_problems(cfg: Mapping[str, Any]) -> list[str]:
         if kind == "chat_template" and _trains_by_other_rules(cfg, entry):
             continue
         if kind == "chat_template":
-            problem = _count_bad_rows(
-                path, lambda row, entry=entry: _has_assistant_turn(row, entry), "an assistant turn"
-            )
+            problem = _count_bad_rows(path, partial(_has_assistant_turn, entry=entry), "an assistant turn")
         elif kind == "":
             problem = _count_bad_rows(path, _has_label, "a label other than -100")
         else:
@@ -51,38 +63,127 @@ def _trains_by_other_rules(cfg: Mapping[str, Any], entry: Mapping[str, Any]) -> 
     return bool(cfg.get("train_on_inputs")) or any(entry.get(mark) for mark in marks)
 
 
-def _count_bad_rows(path: Path, is_good: Any, wanted: str) -> str | None:
+def _count_bad_rows(path: Path, is_good: Callable[[Any], bool], wanted: str) -> str | None:
     count = 0
-    for row in _rows(path):
-        count += 1
-        if is_good(row):
-            return None
+    try:
+        with path.open("rb") as file:
+            for row in _rows(path, file):
+                count += 1
+                if is_good(row) or file.tell() > _LONGEST_LOOK:
+                    return None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): expected a file of JSON rows") from None
     return (
         f"none of its {count} rows has {wanted}; expected at least one (are field_messages and roles_to_train right?)"
     )
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        start = ""
-        while path.suffix == ".json" and not start and (line := file.readline()):
-            start = line.strip()
-        file.seek(0)
-        if start.startswith("["):
-            try:
-                yield from json.load(file)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} is not JSON ({error}): expected a list of objects") from None
+def _rows(path: Path, file: BinaryIO) -> Iterator[Any]:
+    start = b""
+    while path.suffix == ".json" and not start and (line := file.readline(_CHUNK)):
+        start = line.strip()
+    file.seek(0)
+    if start.startswith(b"["):
+        try:
+            yield from _array_rows(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON ({_reason(error)}): expected a list of objects") from None
+        return
+    for number in itertools.count(1):
+        line = file.readline(_LONGEST_ROW + 1)
+        if not line:
             return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number} is not JSON ({error.msg}): expected one object a line") from None
+        if line.strip():
+            try:
+                yield _line_row(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}:{number} is not JSON ({_reason(error)}): expected one object a line"
+                ) from None
 
 
-def _has_assistant_turn(row: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+def _line_row(line: bytes) -> Any:
+    if len(line) > _LONGEST_ROW:
+        raise ValueError(f"a row of more than {_LONGEST_ROW:,} bytes")
+    return json.loads(line.decode("utf-8"))
+
+
+def _array_rows(file: BinaryIO) -> Iterator[Any]:
+    """The elements of a JSON array, without reading much further than the one that is asked for."""
+    decoder, text = json.JSONDecoder(), _Text(file)
+    text.expect("[")
+    if text.peek() == "]":
+        text.expect("]")
+    else:
+        while True:
+            yield text.element(decoder)
+            if text.peek() != ",":
+                text.expect("]")
+                break
+            text.expect(",")
+    if text.peek():
+        raise json.JSONDecodeError("Extra data", text.text, text.place)
+
+
+class _Text:
+    """What has been read of a file and not been taken yet."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.text, self.place = "", 0
+        self._file = file
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._is_whole = False
+
+    def peek(self) -> str:
+        """The next character that is not blank, empty at the end of the file."""
+        while True:
+            found = _NOT_BLANK.search(self.text, self.place)
+            self.place = found.start() if found else len(self.text)
+            if found or not self._read_on():
+                return self.text[self.place : self.place + 1]
+
+    def expect(self, character: str) -> None:
+        if self.peek() != character:
+            raise json.JSONDecodeError(f"Expecting {character!r}", self.text, self.place)
+        self.place += 1
+
+    def element(self, decoder: json.JSONDecoder) -> Any:
+        """The value that stands here; what looks damaged may only be cut off."""
+        self.peek()
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.text, self.place)
+            except json.JSONDecodeError:
+                if not self._read_on():
+                    raise
+                continue
+            follows = _NOT_BLANK.search(self.text, end)
+            is_whole = not isinstance(value, (int, float)) or (follows is not None and follows.group() in ",]")
+            if is_whole or not self._read_on():  # else it may be a number cut in two
+                self.place = end
+                return value
+
+    def _read_on(self) -> bool:
+        """Doubles what is held, so that a long value is not parsed too often; tells whether there was more."""
+        if self._is_whole:
+            return False
+        held = len(self.text) - self.place
+        if held > _LONGEST_ROW:
+            raise ValueError(f"a row of more than {_LONGEST_ROW:,} bytes")
+        chunk = self._file.read(max(_CHUNK, held))
+        if not chunk:
+            self._is_whole = True
+            self._decode(b"", final=True)
+            return False
+        self.text, self.place = self.text[self.place :] + self._decode(chunk), 0
+        return True
+
+
+def _reason(error: BaseException) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+
+
+def _has_assistant_turn(row: Any, entry: Mapping[str, Any]) -> bool:
     mapping = entry.get("message_property_mappings") or {}
     role_key = mapping.get("role") or "role"
     wanted = {str(role) for role in entry.get("roles_to_train") or _ASSISTANT_ROLES}
@@ -96,8 +197,9 @@ def _has_assistant_turn(row: Mapping[str, Any], entry: Mapping[str, Any]) -> boo
     return any(str(turn.get(role_key, turn.get("from"))) in wanted for turn in turns)
 
 
-def _has_label(row: Mapping[str, Any]) -> bool:
-    return isinstance(row, Mapping) and any(label != -100 for label in row.get("labels") or [])
+def _has_label(row: Any) -> bool:
+    labels = row.get("labels") if isinstance(row, Mapping) else None
+    return isinstance(labels, list) and any(label != -100 for label in labels)
 
 
 def token_columns_only(dataset: Any) -> Any:

@@ -7,6 +7,7 @@ the forward of the wrapped model because that is where DDP, FSDP and ZeRO-3 gath
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -134,7 +135,19 @@ def install_objective(model: nn.Module, objective: Objective) -> None:
             return run.counted_rows(labels)
         return run(labels, num_items_in_batch, medusa_coefficient, hidden_rows)
 
+    forward.__signature__ = _joined_signature(own_forward, forward)  # type: ignore[attr-defined]
     lm.forward = forward
+
+
+def _joined_signature(own: Callable[..., Any], ours: Callable[..., Any]) -> inspect.Signature:
+    """The parameters of both: the Trainer drops every column of the data that the forward does not name."""
+    named = {**inspect.signature(ours).parameters, **inspect.signature(own).parameters}
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=parameter.default)
+        for name, parameter in named.items()
+        if parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    ]
+    return inspect.Signature([*parameters, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
 
 
 class _Run:

@@ -16,9 +16,11 @@ from torch import nn
 from axolotl_medusa.model.anatomy import embedding_shape, output_embedding
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.model.heads_directory import load_into, output_layer_weight, read_heads
-from axolotl_medusa.training.args import config_problems, heads_directory, renamed_key_hints
 from axolotl_medusa.training.datasets import dataset_problems
+from axolotl_medusa.training.named_files import heads_directory
 from axolotl_medusa.training.objective import install_objective
+from axolotl_medusa.training.problems import config_problems
+from axolotl_medusa.training.renamed_keys import renamed_key_hints
 from axolotl_medusa.training.trainable import heads_dtype
 from axolotl_medusa.training.trainer import MedusaTrainer, objective_of, stop
 
@@ -72,6 +74,11 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: MedusaTrainer) -> list[Any]:
         """Hands the YAML to the trainer: the one hook after its creation that training and `axolotl evaluate` share."""
+        if not isinstance(trainer, MedusaTrainer):
+            raise stop(
+                f"another plugin brought the trainer {type(trainer).__name__}, which does not train heads: remove that plugin, or list "
+                "axolotl_medusa.MedusaPlugin before it"
+            )
         try:
             trainer.setup_medusa(cfg)
         except ValueError as error:

@@ -5,6 +5,8 @@ Contract: knows the model, its heads and the YAML; changes nothing but `requires
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from axolotl.utils.dict import DictDefault
 from torch import nn
@@ -31,11 +33,20 @@ def set_trainable(model: nn.Module, cfg: DictDefault) -> None:
         model.requires_grad_(False)
         for layer in list(layers)[-cfg.medusa_num_unfreeze_layers :]:
             layer.requires_grad_(True)
-        for child in parent.children():  # the final norm: what stands beside the layers and has only vectors
-            parameters = list(child.parameters())
-            if child is not layers and parameters and all(parameter.dim() == 1 for parameter in parameters):
-                child.requires_grad_(True)
+        for norm in _final_norms(layers, parent):
+            norm.requires_grad_(True)
     attached_heads(model).requires_grad_(True)
+
+
+def _final_norms(layers: nn.ModuleList, parent: nn.Module) -> Iterator[nn.Module]:
+    """What stands beside the layers and has only vectors, but for the norm of embeddings (Bloom's, Bart's)."""
+    is_after_layers = False
+    for name, child in parent.named_children():
+        is_after_layers |= child is layers
+        is_of_embeddings = name == "layernorm_embedding" or ("emb" in name and not is_after_layers)
+        parameters = list(child.parameters())
+        if child is not layers and parameters and not is_of_embeddings and all(p.dim() == 1 for p in parameters):
+            yield child
 
 
 def check_trainable(model: nn.Module, cfg: DictDefault) -> dict[str, int]:

@@ -40,6 +40,7 @@ from axolotl_medusa.training.hidden_cache import (
     cache_identity,
     dataset_samples,
 )
+from axolotl_medusa.training.learning_rates import heads_group_for_deepspeed, left_out, separate_heads
 from axolotl_medusa.training.objective import Objective, metric_names
 from axolotl_medusa.training.saving import HeadsSaver
 from axolotl_medusa.training.schedule import parse_schedule, scheduler_factor
@@ -47,6 +48,10 @@ from axolotl_medusa.training.trainable import check_trainable, set_trainable
 
 LOG = get_logger(__name__)
 
+
+_RATES_OF_OTHER_MODULES = ("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale")
+"""Keys with a learning rate for LoRA's B matrices or for embeddings; axolotl would count biases or output layers of heads
+among them."""
 
 _LARGEST_WEIGHT = 1e4
 """Weights of working models stay far below; NaN is not below either. Only used to name the cause of a NaN loss."""
@@ -315,20 +320,26 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         return packer
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Axolotl's optimizer, with the heads in parameter groups of their own learning rate."""
+        """Axolotl's optimizer, or the one that DeepSpeed will make, with the heads in groups of their own learning rate."""
+        is_new = self.optimizer is None  # DeepSpeed asks twice, and so does a second try with a smaller batch
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
-        multiplier = self.medusa_cfg.medusa_lr_multiplier
-        if multiplier == 1.0:
-            return optimizer
-        own = {id(parameter) for parameter in attached_heads(self.model).parameters()}
-        for group in list(optimizer.param_groups):
-            heads = [parameter for parameter in group["params"] if id(parameter) in own]
-            if not heads:
-                continue
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-            options = {key: value for key, value in group.items() if key != "params"}
-            optimizer.add_param_group({**options, "params": heads, "lr": options["lr"] * multiplier})
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        rate, multiplier = self.args.learning_rate, self.medusa_cfg.medusa_lr_multiplier
+        heads = list(attached_heads(self.model).parameters())
+        for_others = any(getattr(self.args, key) is not None for key in _RATES_OF_OTHER_MODULES)
+        if not hasattr(optimizer, "param_groups"):  # a stand-in: DeepSpeed makes the optimizer of its configuration
+            if multiplier != 1.0:
+                trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+                optimizer.params = heads_group_for_deepspeed(trained, heads, rate * multiplier)
+        elif is_new:
+            if number := left_out(optimizer, heads):
+                LOG.warning(
+                    f"{type(optimizer).__name__} leaves {number} of the heads' {len(heads)} tensors as they are"
+                )
+            try:
+                if multiplier != 1.0 or for_others:
+                    separate_heads(optimizer, heads, multiplier, rate if for_others else None)
+            except ValueError as error:
+                raise stop(str(error)) from None
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,0 +1,184 @@
+"""Looks at the files that a YAML names, before anything is loaded: are they there, and can they be read?
+
+Contract: reads small JSON files only, each with a limit, and imports neither axolotl nor torch. Data sets are
+`datasets`'s to look at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from axolotl_medusa.errors import first_line
+from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER
+from axolotl_medusa.training.args import MedusaArgs
+
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf")
+_ADAPTER_FILE = "adapter_config.json"
+_STATE_FILE = "trainer_state.json"
+_LARGEST_CONFIG = 2**24
+_LARGEST_STATE = 2**29
+"""Bytes; a long run's log history grows to some ten million."""
+
+
+def read_object(path: Path, limit: int = _LARGEST_CONFIG) -> Mapping[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: The file.
+        limit: Bytes that it may have.
+
+    Raises:
+        ValueError: It cannot be read, is larger, or holds something else; the message begins with its path.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise ValueError(f"it has more than {limit:,} bytes")
+        value = json.loads(content.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # a damaged encoding or JSON is a ValueError too
+        raise ValueError(
+            f"{path} cannot be read ({first_line(error)}): expected a JSON object; is it damaged or not written to its end?"
+        ) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}: expected an object")
+    return value
+
+
+def heads_directory(path: str | Path) -> Path:
+    """The heads directory at `path`, which is one itself or an output_dir that holds one as `medusa_heads`."""
+    path = Path(path).expanduser()
+    return path / HEADS_FOLDER if (path / HEADS_FOLDER).is_dir() else path
+
+
+def deepspeed_config(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The DeepSpeed configuration that the YAML names or holds; empty without one.
+
+    Raises:
+        ValueError: Its file is missing or damaged.
+    """
+    value = cfg.get("deepspeed")
+    if isinstance(value, Mapping):
+        return value
+    if not isinstance(value, str) or not value:
+        return {}
+    path = Path(value)
+    if path.is_file():
+        return read_object(path)
+    if path.suffix == ".json":
+        raise ValueError(f"{path} does not exist: expected a DeepSpeed configuration")
+    return {}  # accelerate takes the encoded text of one too
+
+
+def file_problems(args: MedusaArgs, cfg: Mapping[str, Any], bad: set[Any]) -> list[str]:
+    """One line for each file or directory that a key names and that is missing or damaged.
+
+    Args:
+        args: The Medusa part of the YAML.
+        cfg: The whole YAML.
+        bad: Keys whose value has been reported already.
+    """
+    problems = _base_model_problems(cfg)
+    if args.medusa_init_from is not None:
+        problems += _init_from_problems(args, bad)
+    try:
+        deepspeed_config(cfg)
+    except ValueError as error:
+        problems.append(f"deepspeed {error}")
+    adapter, checkpoint = cfg.get("lora_model_dir"), cfg.get("resume_from_checkpoint")
+    if isinstance(adapter, str) and (_is_local(adapter) or Path(adapter).is_dir()):  # else it is on the hub
+        problems += _directory_problems("lora_model_dir", adapter, _ADAPTER_FILE, _LARGEST_CONFIG)
+    if isinstance(checkpoint, str) and checkpoint:
+        problems += _directory_problems("resume_from_checkpoint", checkpoint, _STATE_FILE, _LARGEST_STATE)
+    return problems + _chat_template_problems(cfg)
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name can only be a path, and not a model on the hub."""
+    return name.startswith(("/", ".", "~"))
+
+
+def _base_model_problems(cfg: Mapping[str, Any]) -> list[str]:
+    name = str(cfg.get("base_model") or "")
+    if not name:
+        return []  # axolotl says so itself
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / CONFIG_FILE).is_file():
+            return [f"base_model {name} has no config.json: expected a Hugging Face model directory"]
+        if not any(any(path.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
+            return [f"base_model {name} has no weights ({', '.join(_WEIGHT_PATTERNS)}): is the download complete?"]
+        try:
+            read_object(path / CONFIG_FILE)
+        except ValueError as error:
+            return [f"base_model {error}"]
+    elif _is_local(name):
+        return [f"base_model {name} does not exist: expected a model directory or a hub name"]
+    return []
+
+
+def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
+    directory = heads_directory(str(args.medusa_init_from))
+    config_file = directory / CONFIG_FILE
+    if not config_file.is_file() or not (directory / HEADS_FILE).is_file():
+        return [
+            f"medusa_init_from {args.medusa_init_from} holds no heads: expected {CONFIG_FILE} and {HEADS_FILE} there or "
+            f"in its {HEADS_FOLDER} folder; run stage 1 first"
+        ]
+    try:
+        config = read_object(config_file)
+    except ValueError as error:
+        return [f"medusa_init_from {error}"]
+    found = {
+        "medusa_num_heads": config.get("medusa_num_heads"),
+        "medusa_num_layers": config.get("medusa_num_layers"),
+        "medusa_lm_head": "shared" if config.get("original_lm_head") else "separate",
+    }
+    return [
+        f"{key} is {getattr(args, key)!r} but the heads in medusa_init_from {args.medusa_init_from} have {value!r}: use the same value"
+        for key, value in found.items()
+        if key not in bad and value != getattr(args, key)
+    ]
+
+
+def _directory_problems(key: str, name: str, file: str, limit: int) -> list[str]:
+    path = Path(name).expanduser() / file
+    if not path.is_file():
+        return [f"{key} {name} has no {file}: expected a directory that training wrote"]
+    try:
+        read_object(path, limit)
+    except ValueError as error:
+        return [f"{key} {error}"]
+    return []
+
+
+def _chat_template_problems(cfg: Mapping[str, Any]) -> list[str]:
+    """Axolotl takes the name of a file that is missing for the template itself, and trains on that."""
+    problems = []
+    for key, template in _chat_templates(cfg):
+        is_text = "{{" in template or "{%" in template or "\n" in template
+        if is_text or not template:
+            continue
+        try:
+            Path(template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            problems.append(
+                f"{key} {template} cannot be read ({first_line(error)}): expected a file, or a Jinja template"
+            )
+    return problems
+
+
+def _chat_templates(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every `chat_template_jinja` of the YAML, once."""
+    own = cfg.get("chat_template_jinja")
+    if isinstance(own, str):
+        yield "chat_template_jinja", own
+    for name in ("datasets", "test_datasets"):
+        entries = cfg.get(name)
+        for entry in entries if isinstance(entries, list) else []:
+            template = entry.get("chat_template_jinja") if isinstance(entry, Mapping) else None
+            if isinstance(template, str) and template != own:
+                yield f"{name} chat_template_jinja", template
