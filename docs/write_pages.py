@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from axolotl_medusa.training.args import RENAMED_BY_AXOLOTL, MedusaArgs
+from axolotl_medusa.training.args import MedusaArgs
+from axolotl_medusa.training.renamed_keys import RENAMED_BY_AXOLOTL
 
 FOLDER = Path(__file__).parent
 MARKED = re.compile(r"(?s)(?<=<!-- table )(\w+) -->\n.*?(?=<!-- end -->)")
