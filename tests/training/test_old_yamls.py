@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from example_files import LORA, known_keys, old_yaml, table_after, with_hints_applied
+from example_files import LORA, OLD_YAMLS, known_keys, old_yaml, table_after, with_hints_applied
 
 from axolotl_medusa.training.problems import config_problems
 from axolotl_medusa.training.renamed_keys import RENAMED_BY_AXOLOTL, renamed_key_hints
@@ -151,8 +151,9 @@ def test_deepspeed_folder_of_an_old_yaml_is_a_hint_where_the_file_is_missing(tmp
     assert renamed_key_hints({"deepspeed": "deepspeed/zero2.json"}) == []
 
 
-def test_readme_lists_the_keys_of_old_yamls_that_have_hints():
-    listed = " ".join(row[0] for row in table_after("## Old YAMLs"))
+def test_page_lists_the_keys_of_old_yamls_that_have_hints():
+    tables = (table_after(heading, OLD_YAMLS) for heading in ("## Replace values", "## Replace or remove keys"))
+    listed = " ".join(row[0] for table in tables for row in table)
     values = {**PROBES, **{key: value for key, value in old_yaml().items() if value is not None}}
     hinted = {key for key, value in values.items() if renamed_key_hints({key: value})}
     assert {key for key in hinted if f"`{key}" not in listed} == set()
