@@ -64,15 +64,15 @@ def limits(reader: Reader, num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESS_SPACE_BYTES, hard))
     handler = signal.signal(signal.SIGPROF, _hang)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    before = tracemalloc.get_traced_memory()[0]
-    tracemalloc.reset_peak()
+    tracemalloc.start()
     try:
         yield
     finally:
+        taken = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    taken = tracemalloc.get_traced_memory()[1] - before
     assert taken <= reader.free_bytes + RATIO * num_bytes, f"{taken:,} bytes of memory for {num_bytes:,}"
 
 

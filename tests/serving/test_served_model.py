@@ -266,6 +266,7 @@ def adapter_change(run, **settings):
     [
         ({"use_dora": True}, "use_dora"),
         ({"peft_type": "VERA"}, "peft_type VERA"),
+        ({"peft_type": "x" * 5000}, "peft_type x{200}, expected plain LoRA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters"),

@@ -281,3 +281,25 @@ def test_columns_that_are_not_tokens_are_dropped():
     dataset = Dataset.from_list([{**row, "id": "a", "messages": [{"role": "user", "content": "x"}], "count": 0}])
     assert token_columns_only(dataset).to_list() == [row]
     assert token_columns_only(None) is None
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"roles": {"assistant": 1}},
+        {"roles": ["assistant"]},
+        {"roles_to_train": 3},
+        {"message_property_mappings": ["role"]},
+        {"message_property_mappings": {"role": ["from"]}},
+        {"field_messages": ["messages"]},
+    ],
+    ids=str,
+)
+def test_dataset_problems_entry_of_another_shape_is_axolotls_to_refuse(entry, tmp_path):
+    path = write(tmp_path, [{"messages": [USER, ASSISTANT]}])
+    assert all("\n" not in line for line in problems(path, **entry))
+
+
+@pytest.mark.parametrize("datasets", [3, "data.jsonl", [["path"]], [None], {"path": "x"}], ids=str)
+def test_dataset_problems_datasets_of_another_shape_are_axolotls_to_refuse(datasets):
+    assert dataset_problems({"datasets": datasets}) == []

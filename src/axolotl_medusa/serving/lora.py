@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
@@ -117,11 +118,11 @@ def read_adapter(adapter_dir: Path) -> tuple[dict[str, Any], dict[str, Change]]:
 def _check_mergeable(config: dict[str, Any], adapter_dir: Path) -> None:
     start = config.get("init_lora_weights")
     if config.get("peft_type") != "LORA":
-        kind = f"peft_type {config.get('peft_type')}"
+        kind = f"peft_type {first_line(str(config.get('peft_type')))}"
     elif setting := next((name for name in _NOT_MERGED if config.get(name)), None):
         kind = f"a LoRA with {setting}"
     elif start not in _STARTS_ON_BASE_WEIGHTS:
-        kind = f"a LoRA with init_lora_weights: {start}, whose base weights were changed"
+        kind = f"a LoRA with init_lora_weights: {first_line(str(start))}, whose base weights were changed"
     else:
         return
     raise ValueError(f"{adapter_dir} is {kind}, expected plain LoRA: {HOW_ELSE}")

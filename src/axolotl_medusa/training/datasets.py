@@ -40,7 +40,10 @@ def dataset_problems(cfg: Mapping[str, Any]) -> list[str]:
         ValueError: A file cannot be read or is damaged before its first good row.
     """
     problems = []
-    for entry in [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]:
+    named = [entries for key in ("datasets", "test_datasets") if isinstance(entries := cfg.get(key), list)]
+    for entry in itertools.chain.from_iterable(named):
+        if not isinstance(entry, Mapping):
+            continue  # axolotl refuses it
         path = Path(str(entry.get("path") or "")).expanduser()
         if not path.is_file() or path.suffix not in _JSON_SUFFIXES:
             continue
@@ -184,17 +187,26 @@ def _reason(error: BaseException) -> str:
 
 
 def _has_assistant_turn(row: Any, entry: Mapping[str, Any]) -> bool:
-    mapping = entry.get("message_property_mappings") or {}
-    role_key = mapping.get("role") or "role"
-    wanted = {str(role) for role in entry.get("roles_to_train") or _ASSISTANT_ROLES}
-    for role, spellings in (entry.get("roles") or {}).items():
-        if role in wanted:
-            wanted |= {str(spelling) for spelling in spellings}
+    role_key = str(_mapping(entry, "message_property_mappings").get("role") or "role")
+    wanted = {str(role) for role in _list(entry, "roles_to_train") or _ASSISTANT_ROLES}
+    roles = _mapping(entry, "roles")
+    for role in wanted & roles.keys():
+        wanted |= {str(spelling) for spelling in _list(roles, role)}
     if wanted & set(_ASSISTANT_ROLES):
         wanted |= set(_ASSISTANT_ROLES)
-    turns = row.get(entry.get("field_messages") or "messages") if isinstance(row, Mapping) else None
+    turns = row.get(str(entry.get("field_messages") or "messages")) if isinstance(row, Mapping) else None
     turns = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
     return any(str(turn.get(role_key, turn.get("from"))) in wanted for turn in turns)
+
+
+def _mapping(entry: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
+    value = entry.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(entry: Mapping[Any, Any], key: str) -> list[Any]:
+    value = entry.get(key)
+    return value if isinstance(value, list) else []
 
 
 def _has_label(row: Any) -> bool:
