@@ -411,8 +411,11 @@ def read_yaml(directory: Path) -> None:
             return  # axolotl reads it, and says so itself
         if not isinstance(cfg, dict):
             return
-        for line in [*renamed_key_hints(cfg), *config_problems(cfg), *dataset_problems(cfg)]:
+        problems = [*config_problems(cfg), *dataset_problems(cfg)]
+        for line in [*renamed_key_hints(cfg), *problems]:
             assert isinstance(line, str) and line and "\n" not in line, line
+        if problems:
+            raise ValueError(problems[0])
 
 
 # ---- hidden states ----
@@ -611,6 +614,7 @@ PACKAGE_READERS = [
             "adapter/adapter_config.json": json_of(ADAPTER_CONFIG),
         },
         700,
+        refusals=(ValueError,),
     ),
     Reader(
         "datasets",
@@ -618,6 +622,7 @@ PACKAGE_READERS = [
         read_yaml,
         {"rows.jsonl": damaged_lines(ROWS), "tokens.json": json_of(list(TOKENS))},
         400,
+        refusals=(ValueError,),
     ),
     Reader(
         "hidden-cache",

@@ -189,3 +189,12 @@ def test_config_problems_malformed_key_of_axolotl_is_left_to_axolotl(keys):
     cfg = {**AXOLOTL_YAML, "medusa_num_heads": 3, **keys}
     assert [line for line in config_problems(cfg) if "medusa_num_heads" in line] == []
     assert renamed_key_hints(cfg) == []
+
+
+@pytest.mark.parametrize(
+    "key", ["base_model", "lora_model_dir", "deepspeed", "medusa_init_from", "medusa_hidden_cache"]
+)
+@pytest.mark.parametrize("name", ["x" * 5000, "/" + "x" * 5000, "~nobody-at-all/x"], ids=["long", "long-path", "home"])
+def test_config_problems_name_that_no_file_can_have_is_no_traceback(key, name):
+    lines = config_problems({"medusa_num_heads": 2, "medusa_only_heads": True, key: name})
+    assert all(len(line) <= 1005 and "\n" not in line for line in lines)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from axolotl_medusa.errors import first_line
+from axolotl_medusa.training.named_files import is_file, named_path
 
 _ASSISTANT_ROLES = ("assistant", "gpt")
 _JSON_SUFFIXES = (".json", ".jsonl")
@@ -44,8 +45,8 @@ def dataset_problems(cfg: Mapping[str, Any]) -> list[str]:
     for entry in itertools.chain.from_iterable(named):
         if not isinstance(entry, Mapping):
             continue  # axolotl refuses it
-        path = Path(str(entry.get("path") or "")).expanduser()
-        if not path.is_file() or path.suffix not in _JSON_SUFFIXES:
+        path = named_path(entry.get("path") or "")
+        if not is_file(path) or path.suffix not in _JSON_SUFFIXES:
             continue
         kind = entry.get("type") or ""
         if kind == "chat_template" and _trains_by_other_rules(cfg, entry):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,35 @@ def read_object(path: Path, limit: int = _LARGEST_CONFIG) -> Mapping[str, Any]:
     return value
 
 
+def named_path(name: object) -> Path:
+    """A path as a YAML names it; the home of a user who does not exist stays as it is written."""
+    try:
+        return Path(str(name)).expanduser()
+    except RuntimeError:
+        return Path(str(name))
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; not where no file can have that name, as it is too long."""
+    return _answers(path.is_file)
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a directory is there; not where none can have that name."""
+    return _answers(path.is_dir)
+
+
+def _answers(question: Callable[[], bool]) -> bool:
+    try:
+        return question()
+    except OSError:
+        return False
+
+
 def heads_directory(path: str | Path) -> Path:
     """The heads directory at `path`, which is one itself or an output_dir that holds one as `medusa_heads`."""
-    path = Path(path).expanduser()
-    return path / HEADS_FOLDER if (path / HEADS_FOLDER).is_dir() else path
+    path = named_path(path)
+    return path / HEADS_FOLDER if is_directory(path / HEADS_FOLDER) else path
 
 
 def deepspeed_config(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -69,7 +94,7 @@ def deepspeed_config(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(value, str) or not value:
         return {}
     path = Path(value)
-    if path.is_file():
+    if is_file(path):
         return read_object(path)
     if path.suffix == ".json":
         raise ValueError(f"{path} does not exist: expected a DeepSpeed configuration")
@@ -105,9 +130,9 @@ def _base_model_problems(cfg: Mapping[str, Any]) -> list[str]:
     name = str(cfg.get("base_model") or "")
     if not name:
         return []  # axolotl says so itself
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / CONFIG_FILE).is_file():
+    path = named_path(name)
+    if is_directory(path):
+        if not is_file(path / CONFIG_FILE):
             return [f"base_model {name} has no config.json: expected a Hugging Face model directory"]
         if not any(any(path.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
             return [f"base_model {name} has no weights ({', '.join(_WEIGHT_PATTERNS)}): is the download complete?"]
@@ -123,7 +148,7 @@ def _base_model_problems(cfg: Mapping[str, Any]) -> list[str]:
 def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
     directory = heads_directory(str(args.medusa_init_from))
     config_file = directory / CONFIG_FILE
-    if not config_file.is_file() or not (directory / HEADS_FILE).is_file():
+    if not is_file(config_file) or not is_file(directory / HEADS_FILE):
         return [
             f"medusa_init_from {args.medusa_init_from} holds no heads: expected {CONFIG_FILE} and {HEADS_FILE} there or "
             f"in its {HEADS_FOLDER} folder; run stage 1 first"
@@ -146,10 +171,10 @@ def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
 
 def _directory_problems(cfg: Mapping[str, Any], key: str, file: str, limit: int) -> list[str]:
     name = cfg.get(key)
-    if not isinstance(name, str) or not (_is_local(name) or Path(name).is_dir()):
+    if not isinstance(name, str) or not (_is_local(name) or is_directory(Path(name))):
         return []  # on the hub, or axolotl's to look for
-    path = Path(name).expanduser() / file
-    if not path.is_file():
+    path = named_path(name) / file
+    if not is_file(path):
         return [f"{key} {name} has no {file}: expected a directory that training wrote"]
     try:
         read_object(path, limit)

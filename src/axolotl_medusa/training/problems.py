@@ -6,16 +6,18 @@ Contract: pure functions of the YAML and of the small files that it names; impor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from axolotl_medusa.training.args import MedusaArgs, unknown_key_problems
 from axolotl_medusa.training.learning_rates import learning_rate_problems
-from axolotl_medusa.training.named_files import file_problems
+from axolotl_medusa.training.named_files import file_problems, is_file, named_path
 from axolotl_medusa.training.refused_keys import refused_key_problems
 from axolotl_medusa.training.schedule import parse_schedule
+
+_LONGEST_LINE = 1000
+"""Characters."""
 
 
 def config_problems(cfg: Mapping[str, Any]) -> list[str]:
@@ -45,7 +47,14 @@ def config_problems(cfg: Mapping[str, Any]) -> list[str]:
     problems += _hidden_cache_problems(args, cfg)
     problems += file_problems(args, cfg, bad)
     problems += learning_rate_problems(args, cfg)
-    return problems + refused_key_problems(args, cfg)
+    problems += refused_key_problems(args, cfg)
+    return [_of_readable_length(problem) for problem in problems]
+
+
+def _of_readable_length(line: str) -> str:
+    """A line without the middle of a value that fills a page."""
+    half = _LONGEST_LINE // 2
+    return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 def _bound_problem(details: Any) -> str:
@@ -196,8 +205,7 @@ def _hidden_cache_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str
             f"medusa_hidden_cache keeps hidden states and neftune_noise_alpha: {cfg['neftune_noise_alpha']} changes them each time; "
             "remove one"
         )
-    path = Path(directory).expanduser()
-    if path.exists() and not path.is_dir():
+    if is_file(named_path(directory)):
         problems.append(
             f"medusa_hidden_cache {directory} is a file: expected a directory, or a path where one can be made"
         )

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from axolotl_medusa.training.named_files import is_file
+
 RENAMED_BY_AXOLOTL = {
     "flash_attention": "use attn_implementation: flash_attention_2",
     "xformers_attention": "use attn_implementation: xformers",
@@ -62,6 +64,6 @@ def renamed_key_hints(cfg: Mapping[str, Any]) -> list[str]:
     if cfg.get("fsdp"):
         hints.append("fsdp: use fsdp_version: 2, and fsdp_config with its keys' names without `fsdp_`")
     deepspeed = cfg.get("deepspeed")
-    if isinstance(deepspeed, str) and deepspeed.startswith("deepspeed/") and not Path(deepspeed).is_file():
+    if isinstance(deepspeed, str) and deepspeed.startswith("deepspeed/") and not is_file(Path(deepspeed)):
         hints.append(f"deepspeed {deepspeed} does not exist: use deepspeed_configs, e.g. deepspeed_configs/zero2.json")
     return hints
