@@ -176,6 +176,20 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
     return Source(heads_dir, config, meta, named, adapter_dir, full_model_dir, output_dir)
 
 
+def adapter_file(adapter_dir: Path) -> Path:
+    """The file with an adapter's tensors, as peft wrote it.
+
+    Raises:
+        ValueError: It is missing.
+    """
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (adapter_dir / name).is_file():
+            return adapter_dir / name
+    raise ValueError(
+        f"{adapter_dir} has no adapter_model.safetensors beside its {ADAPTER_CONFIG_FILE}: complete the directory"
+    )
+
+
 def text_value(config: Mapping[str, Any], key: str, where: object) -> str | None:
     """A text in a config, None where it is not there.
 
