@@ -189,6 +189,18 @@ def test_an_adapter_for_another_vocabulary_is_refused(trained, cfg):
         load_trained_model(model, cfg())
 
 
+@pytest.mark.parametrize(("lora", "held"), [(True, "an adapter"), (False, "a full model")], ids=["adapter", "full"])
+def test_a_trained_model_without_heads_is_not_passed_over(lora, held, trained, cfg, tmp_path):
+    trained(lora=lora)
+    shutil.rmtree(tmp_path / "out" / "medusa_heads")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    model = fresh(lora=lora)
+    with pytest.raises(ValueError, match=f"out holds {held} and no medusa_heads"):
+        load_trained_model(model, cfg())
+    if not lora:
+        load_trained_model(model, cfg(base_model=str(tmp_path / "out")))
+
+
 DAMAGE = {
     "no-weights": (lambda run: (run / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
     "cut-off-weights": (

@@ -19,7 +19,14 @@ from axolotl_medusa.model.file_names import HEADS_FOLDER
 from axolotl_medusa.model.heads import HEADS_NAME
 from axolotl_medusa.model.heads_directory import load_into, open_heads
 from axolotl_medusa.model.json_files import read_json
-from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE, NoHeadsError, Source, adapter_file, find_source
+from axolotl_medusa.model.sources import (
+    ADAPTER_CONFIG_FILE,
+    NoHeadsError,
+    Source,
+    adapter_file,
+    find_source,
+    trained_model,
+)
 from axolotl_medusa.model.tensor_files import TensorFiles
 
 LOG = get_logger(__name__)
@@ -53,14 +60,7 @@ def load_trained_model(model: nn.Module, cfg: DictDefault) -> None:
     try:
         source = find_source(cfg.output_dir)
     except NoHeadsError:
-        if cfg.medusa_init_from:
-            LOG.warning(
-                f"evaluating the heads of medusa_init_from {cfg.medusa_init_from}: {cfg.output_dir} holds no {HEADS_FOLDER}"
-            )
-        else:
-            LOG.warning(
-                f"evaluating untrained heads: {cfg.output_dir} holds no {HEADS_FOLDER} and medusa_init_from is not set"
-            )
+        _check_nothing_is_passed_over(cfg)
         return
     except ValueError as error:
         raise ValueError(f"evaluate measures what output_dir holds, and {error}") from error
@@ -77,6 +77,21 @@ def load_trained_model(model: nn.Module, cfg: DictDefault) -> None:
         what = "heads"
     load_into(model, open_heads(source.heads_dir))
     LOG.info(f"Medusa heads loaded from {cfg.output_dir}; evaluating all that it holds: {what}")
+
+
+def _check_nothing_is_passed_over(cfg: DictDefault) -> None:
+    """Without heads in output_dir: says which are evaluated, if there is no trained model either."""
+    adapter_dir, full_model_dir = trained_model(Path(cfg.output_dir), {})
+    if adapter_dir is not None or (full_model_dir is not None and not _same(cfg.base_model, full_model_dir)):
+        raise ValueError(
+            f"evaluate measures what output_dir holds, and {cfg.output_dir} holds {'an adapter' if adapter_dir else 'a full model'} "
+            f"and no {HEADS_FOLDER}: expected both of one run; name that run's output_dir"
+        )
+    if cfg.medusa_init_from:
+        what = f"the heads of medusa_init_from {cfg.medusa_init_from}: {cfg.output_dir} holds no {HEADS_FOLDER}"
+    else:
+        what = f"untrained heads: {cfg.output_dir} holds no {HEADS_FOLDER} and medusa_init_from is not set"
+    LOG.warning(f"evaluating {what}")
 
 
 def _check_earlier_adapter(source: Source, cfg: DictDefault) -> None:
