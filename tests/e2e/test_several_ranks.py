@@ -60,13 +60,17 @@ def test_an_interrupted_zero3_run_ends_and_names_the_checkpoint_to_resume_from(
     many = {"max_steps": 10_000, "num_epochs": 10_000, "save_steps": 2, "save_total_limit": 2}
     config = make_yaml(**{**WATCHED, **LORA, **many}, datasets=two_chats, deepspeed=zero3)
     with two_processes(config) as process:
+        before = []
         for line in process.stdout:
-            if line.startswith("rank 0 pid ") and line.endswith(" finished step 3\n"):
+            before.append(line)
+            if found := re.fullmatch(r"rank 0 pid (\d+) finished step 3\n", line):
                 break
+        else:
+            pytest.fail(f"the run ended before step 3: {''.join(before)[-20000:]}")
         if to == "both":
             process.send_signal(signal.SIGINT)  # torchrun hands it on to its processes
         else:
-            os.kill(int(line.split()[3]), signal.SIGINT)
+            os.kill(int(found[1]), signal.SIGINT)
         output, _ = process.communicate(timeout=ENDS_WITHIN_S)
     assert process.returncode != 0
     assert f"axolotl-medusa: stopped, and nothing was written to {out}" in output

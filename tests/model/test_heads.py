@@ -24,7 +24,7 @@ from axolotl_medusa.model.anatomy import (
     output_embedding,
 )
 from axolotl_medusa.model.heads import HEADS_NAME, MedusaHeads, ResidualBlock, attach_heads, attached_heads
-from axolotl_medusa.model.heads_directory import output_layer_weight
+from axolotl_medusa.model.heads_directory import acting_output_layer
 
 RTOL, ATOL = 1e-4, 1e-5  # fp32 rounding between the fused and the plain order of the same operations
 UNTIED = [name for name, options in FAMILIES.items() if not options.get("tie_word_embeddings") and name != "gpt2"]
@@ -129,7 +129,8 @@ def test_fresh_attached_heads_have_the_models_own_logits(family, changes, adapte
         hidden = backbone(model)(input_ids=token_ids(), use_cache=False)[0]
     for form in ("separate", "shared"):
         heads = MedusaHeads(HIDDEN, VOCAB, 2, 2, form)
-        heads.start_output_layers_from(output_layer_weight(model))
+        with acting_output_layer(model) as weight:
+            heads.start_output_layers_from(weight)
         attach_heads(model, heads)
         assert attached_heads(model) is heads
         for i in range(2):

@@ -16,18 +16,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import axolotl_medusa
-from axolotl_medusa.model import heads_directory as checkpoint
+from axolotl_medusa.model import heads_directory
 from axolotl_medusa.model.anatomy import output_embedding
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.model.heads_directory import (
     HeadsFile,
+    acting_output_layer,
     heads_config,
     heads_file,
     heads_meta,
     lm_head_hash,
     load_into,
-    output_layer_weight,
     read_heads,
     verify_heads,
     without_heads,
@@ -270,9 +270,10 @@ def test_shared_output_layer_has_the_heads_type():
     assert {tensor.dtype for tensor in file.tensors.values()} == {torch.bfloat16}
 
 
-def test_output_layer_weight_of_dora_on_lm_head_is_refused():
-    with pytest.raises(ValueError, match="DoRA on lm_head is not supported"):
-        output_layer_weight(add_lora(make_model(), targets=["lm_head"], use_dora=True))
+def test_acting_output_layer_of_dora_on_lm_head_is_refused():
+    model = add_lora(make_model(), targets=["lm_head"], use_dora=True)
+    with pytest.raises(ValueError, match="DoRA on lm_head is not supported"), acting_output_layer(model):
+        pass
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -377,7 +378,7 @@ def test_write_heads_crash_leaves_the_old_files_whole(failing, tmp_path, monkeyp
             raise OSError("no space left on device")
 
     if failing == "weights":
-        monkeypatch.setattr(checkpoint, "save_file", save_half)
+        monkeypatch.setattr(heads_directory, "save_file", save_half)
     else:
         write_text = Path.write_text
         monkeypatch.setattr(Path, "write_text", write_half)

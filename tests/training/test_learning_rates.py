@@ -17,9 +17,14 @@ from axolotl_medusa.training.trainer import MedusaTrainer
 
 RATE, MULTIPLIER = 1e-3, 4.0
 _TRAINING_ARGUMENTS = (
-    *("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale", "lr_groups"),
-    *("jagged_restart_steps", "cosine_min_lr_ratio"),
+    "loraplus_lr_ratio",
+    "embedding_lr",
+    "embedding_lr_scale",
+    "lr_groups",
+    "jagged_restart_steps",
+    "cosine_min_lr_ratio",
 )
+"""Keys of the YAML that axolotl hands to the trainer as they are."""
 
 
 def problems(**keys) -> list[str]:
@@ -44,16 +49,7 @@ def make_trainer(tmp_path):
         trainer_options = {}
         HFCausalTrainerBuilder._configure_scheduler(builder, options)
         HFCausalTrainerBuilder._configure_optimizer(builder, options, trainer_options)
-        for key in (
-            "loraplus_lr_ratio",
-            "embedding_lr",
-            "embedding_lr_scale",
-            "lr_groups",
-            "jagged_restart_steps",
-            "cosine_min_lr_ratio",
-        ):
-            if key in keys:
-                options[key] = keys[key]
+        options |= {key: keys[key] for key in _TRAINING_ARGUMENTS if key in keys}
         args = AxolotlTrainingArguments(
             output_dir=str(tmp_path), use_cpu=True, max_steps=20, warmup_steps=4, report_to=[], **options
         )
@@ -168,7 +164,7 @@ def test_create_optimizer_own_learning_rate_of_a_group_of_heads_is_multiplied(ma
     assert 2e-4 * MULTIPLIER in rates(trainer)[0] and rates(trainer)[1] == {RATE}
 
 
-def test_create_optimizer_that_keeps_no_learning_rate_is_one_line(make_trainer, monkeypatch):
+def test_create_optimizer_that_keeps_no_learning_rate_is_one_line(make_trainer):
     class Relative(torch.optim.SGD):
         def __init__(self, params, **_):
             super().__init__(params)
@@ -190,16 +186,14 @@ def test_create_optimizer_that_leaves_tensors_out_says_so(make_trainer, monkeypa
 
 
 SCHEDULERS = [
-    *(
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-        "rex",
-    ),
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "rex",
     "cosine-min",
     "jagged",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -186,6 +187,42 @@ def test_an_adapter_for_another_vocabulary_is_refused(trained, cfg):
     attach_heads(model, MedusaHeads(HIDDEN, VOCAB + 1, 3, form="shared"))
     with pytest.raises(ValueError, match="does not fit the one that the YAML builds"):
         load_trained_model(model, cfg())
+
+
+@pytest.mark.parametrize(("lora", "held"), [(True, "an adapter"), (False, "a full model")], ids=["adapter", "full"])
+def test_a_trained_model_without_heads_is_not_passed_over(lora, held, trained, cfg, tmp_path):
+    trained(lora=lora)
+    shutil.rmtree(tmp_path / "out" / "medusa_heads")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    model = fresh(lora=lora)
+    with pytest.raises(ValueError, match=f"out holds {held} and no medusa_heads"):
+        load_trained_model(model, cfg())
+    if not lora:
+        load_trained_model(model, cfg(base_model=str(tmp_path / "out")))
+
+
+DAMAGE = {
+    "no-weights": (lambda run: (run / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+    "cut-off-weights": (
+        lambda run: os.truncate(run / "adapter_model.safetensors", 500),
+        r"adapter_model\.safetensors is not a",
+    ),
+    "config-is-no-json": (
+        lambda run: (run / "adapter_config.json").write_text('{"r": 4,'),
+        r"adapter_config\.json is not JSON",
+    ),
+    "config-is-a-list": (lambda run: (run / "adapter_config.json").write_text("[]"), "expected an object"),
+    "config-of-nothing": (lambda run: (run / "adapter_config.json").write_text("{}"), "has r 8 and the YAML 4"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_adapter_is_one_line_that_names_it(damage, message, trained, cfg, tmp_path):
+    trained(lora=True)
+    damage(tmp_path / "out")
+    with pytest.raises(ValueError, match=message) as error:
+        load_trained_model(fresh(lora=True), cfg())
+    assert str(tmp_path / "out") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_base_model_that_is_output_dir_is_loaded_already(trained, cfg, tmp_path):

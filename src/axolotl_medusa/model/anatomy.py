@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PROBE_TOKENS = 4
+from axolotl_medusa.model.divided_parameters import whole_shape
 
+_PROBE_TOKENS = 4
 
 _PROBE_TOLERANCE = 0.02
 """Largest accepted difference of the probed logits, relative to the largest logit (bf16 has 8 bits of mantissa)."""
@@ -137,9 +138,8 @@ def logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
 
 def embedding_shape(layer: nn.Module) -> tuple[int, int]:
     """Rows and columns `(vocab_size, hidden_size)` of an output embedding, also where ZeRO-3 has partitioned it."""
-    weight = frozen_output_embedding(layer).weight
-    shape = getattr(weight, "ds_shape", None) or weight.shape
-    return int(shape[0]), int(shape[1])
+    vocab_size, hidden_size = whole_shape(frozen_output_embedding(layer).weight)
+    return vocab_size, hidden_size
 
 
 @torch.no_grad()

@@ -160,16 +160,6 @@ def weight_hash(weight: Tensor, *dtypes: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-def output_layer_weight(model: nn.Module) -> Tensor:
-    """A copy of the output embedding's weight as it acts now, adapters merged in, `[vocab_size, hidden_size]`, on the CPU.
-
-    Raises:
-        ValueError: An adapter on lm_head cannot be merged into one matrix.
-    """
-    with acting_output_layer(model) as weight:
-        return weight.to("cpu", copy=True)
-
-
 @contextlib.contextmanager
 def acting_output_layer(model: nn.Module) -> Iterator[Tensor]:
     """The output embedding's weight as it acts now, adapters merged in, where it is; it may be the parameter itself.

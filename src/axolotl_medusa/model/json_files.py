@@ -54,9 +54,9 @@ def _is_deep(content: Any) -> bool:
     level = [content]
     for _ in range(MAX_DEPTH + 1):
         level = [value for value in level if isinstance(value, dict | list)]
-        level = [child for value in level for child in (value.values() if isinstance(value, dict) else value)]
         if not level:
             return False
+        level = [child for value in level for child in (value.values() if isinstance(value, dict) else value)]
     return True
 
 
@@ -64,7 +64,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON file that holds an object.
 
     Raises:
-        ValueError: The file is missing, is anything else, or goes beyond the limits.
+        ValueError: The file is missing, cannot be read, is anything else, or goes beyond the limits; the message begins with
+            its path.
     """
     content = read_value(file)
     if not isinstance(content, dict):
@@ -76,13 +77,16 @@ def read_value(file: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        ValueError: The file is missing, is not JSON, or goes beyond the limits.
+        ValueError: The file is missing, cannot be read, is not JSON, or goes beyond the limits.
     """
-    if not file.is_file():  # a pipe or a device would never end
-        raise ValueError(f"{file} is missing: complete the directory")
-    with file.open("rb") as stream:
-        size = min(os.fstat(stream.fileno()).st_size, MAX_JSON_BYTES)
-        text = stream.read(size + 1)  # what is asked for is taken from memory at once
+    try:
+        if not file.is_file():  # a pipe or a device would never end
+            raise ValueError(f"{file} is missing: complete the directory")
+        with file.open("rb") as stream:
+            size = min(os.fstat(stream.fileno()).st_size, MAX_JSON_BYTES)
+            text = stream.read(size + 1)  # what is asked for is taken from memory at once
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}): expected a file that may be read") from error
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{file} is longer than {MAX_JSON_BYTES:,} bytes, as no file of this kind is: get it again")
     return parse_json(text, str(file))

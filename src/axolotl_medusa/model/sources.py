@@ -166,7 +166,7 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
     has_trained_model = meta.get("recipe") == "medusa-2" and "export" not in meta
     if alone and has_trained_model and base_model is None and heads_dir.resolve().name == HEADS_FOLDER:
         output_dir = heads_dir.resolve().parent
-    adapter_dir, full_model_dir = (None, None) if output_dir is None else _trained_model(output_dir, meta)
+    adapter_dir, full_model_dir = (None, None) if output_dir is None else trained_model(output_dir, meta)
     if has_trained_model and adapter_dir is None and full_model_dir is None and not (alone and base_model):
         raise ValueError(_missing_model(output_dir or heads_dir))
     named = base_model or text_value(config, "base_model_name_or_path", heads_dir / CONFIG_FILE)
@@ -174,6 +174,20 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
         file = adapter_dir / ADAPTER_CONFIG_FILE
         named = text_value(read_json(file), "base_model_name_or_path", file)
     return Source(heads_dir, config, meta, named, adapter_dir, full_model_dir, output_dir)
+
+
+def adapter_file(adapter_dir: Path) -> Path:
+    """The file with an adapter's tensors, as peft wrote it.
+
+    Raises:
+        ValueError: It is missing.
+    """
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (adapter_dir / name).is_file():
+            return adapter_dir / name
+    raise ValueError(
+        f"{adapter_dir} has no adapter_model.safetensors beside its {ADAPTER_CONFIG_FILE}: complete the directory"
+    )
 
 
 def text_value(config: Mapping[str, Any], key: str, where: object) -> str | None:
@@ -225,7 +239,7 @@ def _verify(heads_dir: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"{error}; heads in another format go through `axolotl-medusa import` first") from error
 
 
-def _trained_model(output_dir: Path, meta: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
+def trained_model(output_dir: Path, meta: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
     """Directories of the adapter and of the full model that a run's heads need, each None if they need none."""
     if meta.get("recipe") == "medusa-1":
         # Medusa-1 writes no model; it may have trained on top of an adapter that was there before.

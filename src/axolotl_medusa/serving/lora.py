@@ -17,7 +17,7 @@ from torch import Tensor
 
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.json_files import read_json
-from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE
+from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE, adapter_file
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
 
 _PEFT_PREFIX = "base_model.model."
@@ -87,11 +87,7 @@ def read_adapter(adapter_dir: Path) -> tuple[dict[str, Any], dict[str, Change]]:
     """
     config = read_json(adapter_dir / ADAPTER_CONFIG_FILE)
     _check_mergeable(config, adapter_dir)
-    file = next(
-        (path for name in ("safetensors", "bin") if (path := adapter_dir / f"adapter_model.{name}").is_file()), None
-    )
-    if file is None:
-        raise ValueError(f"{adapter_dir} has no adapter_model.safetensors beside its {ADAPTER_CONFIG_FILE}")
+    file = adapter_file(adapter_dir)
     changes: defaultdict[str, Change] = defaultdict(Change)
     for tensor in TensorFiles.open(file).values():
         name = tensor.name.removeprefix(_PEFT_PREFIX)

@@ -1,7 +1,7 @@
 """Loads what a run left on disk into the model that axolotl built from the same YAML: heads, adapter, full weights.
 
-Contract: knows the layout of an output_dir (`model.sources`) and the names of a model's parameters. Every tensor is read
-when it is copied, and with ZeRO-3 by rank 0 alone.
+Contract: knows the layout of an output_dir (`model.sources`) and the names of a model's parameters. Heads and full weights
+are read tensor by tensor, with ZeRO-3 by rank 0 alone; an adapter, which is small, is read whole by every rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from axolotl_medusa.model.divided_parameters import fill, gathered, whole_shape
 from axolotl_medusa.model.file_names import HEADS_FOLDER
 from axolotl_medusa.model.heads import HEADS_NAME
 from axolotl_medusa.model.heads_directory import load_into, open_heads
-from axolotl_medusa.model.sources import NoHeadsError, Source, find_source
+from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.sources import (
+    ADAPTER_CONFIG_FILE,
+    NoHeadsError,
+    Source,
+    adapter_file,
+    find_source,
+    trained_model,
+)
 from axolotl_medusa.model.tensor_files import TensorFiles
 
 LOG = get_logger(__name__)
@@ -52,14 +60,7 @@ def load_trained_model(model: nn.Module, cfg: DictDefault) -> None:
     try:
         source = find_source(cfg.output_dir)
     except NoHeadsError:
-        if cfg.medusa_init_from:
-            LOG.warning(
-                f"evaluating the heads of medusa_init_from {cfg.medusa_init_from}: {cfg.output_dir} holds no {HEADS_FOLDER}"
-            )
-        else:
-            LOG.warning(
-                f"evaluating untrained heads: {cfg.output_dir} holds no {HEADS_FOLDER} and medusa_init_from is not set"
-            )
+        _check_nothing_is_passed_over(cfg)
         return
     except ValueError as error:
         raise ValueError(f"evaluate measures what output_dir holds, and {error}") from error
@@ -78,6 +79,21 @@ def load_trained_model(model: nn.Module, cfg: DictDefault) -> None:
     LOG.info(f"Medusa heads loaded from {cfg.output_dir}; evaluating all that it holds: {what}")
 
 
+def _check_nothing_is_passed_over(cfg: DictDefault) -> None:
+    """Without heads in output_dir: says which are evaluated, if there is no trained model either."""
+    adapter_dir, full_model_dir = trained_model(Path(cfg.output_dir), {})
+    if adapter_dir is not None or (full_model_dir is not None and not _same(cfg.base_model, full_model_dir)):
+        raise ValueError(
+            f"evaluate measures what output_dir holds, and {cfg.output_dir} holds {'an adapter' if adapter_dir else 'a full model'} "
+            f"and no {HEADS_FOLDER}: expected both of one run; name that run's output_dir"
+        )
+    if cfg.medusa_init_from:
+        what = f"the heads of medusa_init_from {cfg.medusa_init_from}: {cfg.output_dir} holds no {HEADS_FOLDER}"
+    else:
+        what = f"untrained heads: {cfg.output_dir} holds no {HEADS_FOLDER} and medusa_init_from is not set"
+    LOG.warning(f"evaluating {what}")
+
+
 def _check_earlier_adapter(source: Source, cfg: DictDefault) -> None:
     """Medusa-1 on top of an adapter: axolotl loads that adapter, if the YAML still names it."""
     trained_on, found = source.meta.get("yaml", {}).get("lora_model_dir"), cfg.lora_model_dir
@@ -89,24 +105,27 @@ def _check_earlier_adapter(source: Source, cfg: DictDefault) -> None:
 
 
 def _load_adapter(model: Any, directory: Path, cfg: DictDefault) -> None:
-    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     if not hasattr(model, "peft_config"):
         raise ValueError(f"{directory} holds an adapter and the YAML builds none: set adapter as in training")
     if cfg.lora_model_dir and not _same(cfg.lora_model_dir, directory):
         LOG.warning(f"evaluating the adapter that {directory} holds, not that of lora_model_dir {cfg.lora_model_dir}")
     (adapter,) = model.active_adapters
-    saved, own = PeftConfig.from_pretrained(str(directory)), model.peft_config[adapter]
+    saved, own = read_json(directory / ADAPTER_CONFIG_FILE), model.peft_config[adapter]
+    unset = type(own)()
     for key in _ADAPTER_KEYS:
-        if (there := getattr(saved, key, None)) != (here := getattr(own, key, None)):
+        there, here = saved.get(key, getattr(unset, key, None)), getattr(own, key, None)
+        if there != here:
             raise ValueError(
                 f"the adapter in {directory} has {key} {there!r} and the YAML {here!r}: use the lora_* and peft_* keys of "
                 "training, or set lora_model_dir to it"
             )
+    files = TensorFiles.open(adapter_file(directory))
     parameters = [parameter for name, parameter in model.named_parameters() if adapter in name.split(".")]
     try:
         with gathered(parameters, write=True):
-            found = set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"), adapter)
+            found = set_peft_model_state_dict(model, {name: files.load(name) for name in files}, adapter)
     except RuntimeError as error:  # torch's, with a line for each tensor of another shape
         raise ValueError(_other_adapter(directory, first_line(error))) from error
     if found.unexpected_keys:

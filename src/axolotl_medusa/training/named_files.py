@@ -1,54 +1,23 @@
 """Looks at the files that a YAML names, before anything is loaded: are they there, and can they be read?
 
-Contract: reads small JSON files only, each with a limit, and imports neither axolotl nor torch. Data sets are
+Contract: reads JSON files only (`model.json_files`), and imports neither axolotl nor torch. Data sets are
 `datasets`'s to look at.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER
+from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.training.args import MedusaArgs
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf")
 _ADAPTER_FILE = "adapter_config.json"
 _STATE_FILE = "trainer_state.json"
-_LARGEST_CONFIG = 2**24
-_LARGEST_STATE = 2**29
-"""Bytes; a long run's log history grows to some ten million."""
-
-
-def read_object(path: Path, limit: int = _LARGEST_CONFIG) -> Mapping[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-        path: The file.
-        limit: Bytes that it may have.
-
-    Raises:
-        ValueError: It cannot be read, is larger, or holds something else; the message begins with its path.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(
-                min(limit, os.fstat(file.fileno()).st_size) + 1
-            )  # as many bytes of memory are taken at once
-        if len(content) > limit:
-            raise ValueError(f"it has more than {limit:,} bytes")
-        value = json.loads(content.decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # a damaged encoding or JSON is a ValueError too
-        raise ValueError(
-            f"{path} cannot be read ({first_line(error)}): expected a JSON object; is it damaged or not written to its end?"
-        ) from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}: expected an object")
-    return value
 
 
 def named_path(name: object) -> Path:
@@ -95,7 +64,7 @@ def deepspeed_config(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
         return {}
     path = Path(value)
     if is_file(path):
-        return read_object(path)
+        return read_json(path)
     if path.suffix == ".json":
         raise ValueError(f"{path} does not exist: expected a DeepSpeed configuration")
     return {}  # accelerate takes the encoded text of one too
@@ -116,8 +85,8 @@ def file_problems(args: MedusaArgs, cfg: Mapping[str, Any], bad: set[Any]) -> li
         deepspeed_config(cfg)
     except ValueError as error:
         problems.append(f"deepspeed {error}")
-    problems += _directory_problems(cfg, "lora_model_dir", _ADAPTER_FILE, _LARGEST_CONFIG)
-    problems += _directory_problems(cfg, "resume_from_checkpoint", _STATE_FILE, _LARGEST_STATE)
+    problems += _directory_problems(cfg, "lora_model_dir", _ADAPTER_FILE)
+    problems += _directory_problems(cfg, "resume_from_checkpoint", _STATE_FILE)
     return problems + _chat_template_problems(cfg)
 
 
@@ -137,7 +106,7 @@ def _base_model_problems(cfg: Mapping[str, Any]) -> list[str]:
         if not any(any(path.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
             return [f"base_model {name} has no weights ({', '.join(_WEIGHT_PATTERNS)}): is the download complete?"]
         try:
-            read_object(path / CONFIG_FILE)
+            read_json(path / CONFIG_FILE)
         except ValueError as error:
             return [f"base_model {error}"]
     elif _is_local(name):
@@ -154,7 +123,7 @@ def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
             f"in its {HEADS_FOLDER} folder; run stage 1 first"
         ]
     try:
-        config = read_object(config_file)
+        config = read_json(config_file)
     except ValueError as error:
         return [f"medusa_init_from {error}"]
     found = {
@@ -169,7 +138,7 @@ def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
     ]
 
 
-def _directory_problems(cfg: Mapping[str, Any], key: str, file: str, limit: int) -> list[str]:
+def _directory_problems(cfg: Mapping[str, Any], key: str, file: str) -> list[str]:
     name = cfg.get(key)
     if not isinstance(name, str) or not (_is_local(name) or is_directory(Path(name))):
         return []  # on the hub, or axolotl's to look for
@@ -177,7 +146,7 @@ def _directory_problems(cfg: Mapping[str, Any], key: str, file: str, limit: int)
     if not is_file(path):
         return [f"{key} {name} has no {file}: expected a directory that training wrote"]
     try:
-        read_object(path, limit)
+        read_json(path)
     except ValueError as error:
         return [f"{key} {error}"]
     return []

@@ -40,7 +40,8 @@ def config_problems(cfg: Mapping[str, Any]) -> list[str]:
         good = {key: value for key, value in known.items() if key not in bad}
         args = MedusaArgs.model_validate({"medusa_num_heads": 1, **good})  # contradictions are reported in the same run
     problems += _schedule_problems(args)
-    problems += _recipe_problems(args, cfg)
+    problems += _base_loss_problems(args, cfg)
+    problems += _layer_problems(args, cfg)
     if "medusa_num_heads" not in bad:
         problems += _size_problems(args, cfg)
     problems += _trainer_problems(args, cfg)
@@ -73,20 +74,47 @@ def _schedule_problems(args: MedusaArgs) -> list[str]:
     return []
 
 
-def _recipe_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
+def _base_loss_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
     problems = []
-    adapter = cfg.get("adapter")
     if args.medusa_only_heads and args.medusa_self_distillation:
         problems.append(
             "medusa_only_heads and medusa_self_distillation are both true: with a frozen backbone there is nothing to distil; "
             "for Medusa-2 set medusa_only_heads: false, for Medusa-1 remove medusa_self_distillation "
             "(heads learn the model's own distribution with medusa_head_loss: kl)"
         )
-    if args.medusa_self_distillation and not adapter:
+    if args.medusa_self_distillation and not cfg.get("adapter"):
         problems.append(
             "medusa_self_distillation is true without an adapter: the teacher is the same model with its adapters off; "
             "set adapter: lora or qlora"
         )
+    if args.medusa_kl_coefficient and not args.medusa_self_distillation:
+        problems.append(
+            f"medusa_kl_coefficient is {args.medusa_kl_coefficient} without medusa_self_distillation: there is no teacher; "
+            "set medusa_self_distillation: true or remove the coefficient"
+        )
+    if args.medusa_self_distillation and cfg.get("medusa_kl_coefficient") == 0.0:
+        problems.append(
+            "medusa_kl_coefficient is 0 with medusa_self_distillation: true, which then does nothing; remove one"
+        )
+    if args.medusa_distillation_regularization and args.medusa_only_heads:
+        problems.append(
+            "medusa_distillation_regularization shapes the base loss, which medusa_only_heads: true does not train; remove one"
+        )
+    if args.medusa_distillation_regularization and args.medusa_self_distillation and not args.medusa_lm_coefficient:
+        problems.append(
+            "medusa_distillation_regularization shapes the base model's CE, whose weight medusa_lm_coefficient is 0 with "
+            "self-distillation; set medusa_lm_coefficient or remove the regularization"
+        )
+    if args.medusa_only_heads and not args.medusa_self_distillation and args.medusa_lm_coefficient != 1.0:
+        problems.append(
+            "medusa_lm_coefficient weights the base loss, which medusa_only_heads: true does not train; remove one"
+        )
+    return problems
+
+
+def _layer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
+    problems = []
+    adapter = cfg.get("adapter")
     if args.medusa_num_unfreeze_layers and adapter:
         problems.append(
             f"medusa_num_unfreeze_layers is {args.medusa_num_unfreeze_layers} with adapter: {adapter}: an adapter freezes all "
@@ -110,28 +138,6 @@ def _recipe_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
     for key in ("unfrozen_parameters", "lisa_step_interval"):
         if args.medusa_num_unfreeze_layers and cfg.get(key) and not args.medusa_only_heads:
             problems.append(f"medusa_num_unfreeze_layers and {key} are both set: keep one of the two")
-    if args.medusa_kl_coefficient and not args.medusa_self_distillation:
-        problems.append(
-            f"medusa_kl_coefficient is {args.medusa_kl_coefficient} without medusa_self_distillation: there is no teacher; "
-            "set medusa_self_distillation: true or remove the coefficient"
-        )
-    if args.medusa_self_distillation and cfg.get("medusa_kl_coefficient") == 0.0:
-        problems.append(
-            "medusa_kl_coefficient is 0 with medusa_self_distillation: true, which then does nothing; remove one"
-        )
-    if args.medusa_distillation_regularization and args.medusa_only_heads:
-        problems.append(
-            "medusa_distillation_regularization shapes the base loss, which medusa_only_heads: true does not train; remove one"
-        )
-    if args.medusa_distillation_regularization and args.medusa_self_distillation and not args.medusa_lm_coefficient:
-        problems.append(
-            "medusa_distillation_regularization shapes the base model's CE, whose weight medusa_lm_coefficient is 0 with "
-            "self-distillation; set medusa_lm_coefficient or remove the regularization"
-        )
-    if args.medusa_only_heads and not args.medusa_self_distillation and args.medusa_lm_coefficient != 1.0:
-        problems.append(
-            "medusa_lm_coefficient weights the base loss, which medusa_only_heads: true does not train; remove one"
-        )
     return problems
 
 

@@ -17,6 +17,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor
 
 from axolotl_medusa.model.anatomy import frozen_output_embedding, output_embedding
+from axolotl_medusa.model.checkpoints import checkpoints
 from axolotl_medusa.model.divided_parameters import is_divided
 from axolotl_medusa.model.file_names import HEADS_FOLDER
 from axolotl_medusa.model.heads import attached_heads
@@ -111,14 +112,11 @@ class HeadsSaver:
         LOG.info(f"Medusa heads saved to {directory}")
 
     def _nothing_saved(self, save_directory: str | Path) -> str:
-        whole = [
-            path.parent
-            for path in Path(self.cfg.output_dir).glob("checkpoint-*/trainer_state.json")  # written last
-            if path.parent.name.removeprefix("checkpoint-").isdigit()
-        ]
-        last = max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+        whole = checkpoints(Path(self.cfg.output_dir), "trainer_state.json")  # the file that is written last
         resume = (
-            f"resume_from_checkpoint: {last} goes on from there" if last else "there is no checkpoint to resume from"
+            f"resume_from_checkpoint: {whole[-1]} goes on from there"
+            if whole
+            else "there is no checkpoint to resume from"
         )
         return (
             f"stopped, and nothing was written to {save_directory}: the weights are divided among the ranks, and one rank alone "
