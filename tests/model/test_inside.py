@@ -57,7 +57,9 @@ def test_other_links_lead_out_and_are_refused(elsewhere, tmp_path):
     (model / "one.safetensors").symlink_to(target)
     (model / SAFETENSORS_INDEX).write_text(json.dumps({"weight_map": {"x": "one.safetensors"}}))
     assert not stays_inside(model / "one.safetensors", model)
-    with pytest.raises(ValueError, match=r"names one\.safetensors, a link to a file elsewhere: put the file itself there"):
+    with pytest.raises(
+        ValueError, match=r"names one\.safetensors, a link to a file elsewhere: put the file itself there"
+    ):
         TensorFiles.open(model)
 
 

@@ -23,7 +23,7 @@ def refusal(text: str | bytes) -> str:
 
 def test_index_of_a_very_large_model_is_within_the_limits():
     names = [f"model.layers.{number // 400}.mlp.experts.{number % 400}.up_proj.weight" for number in range(NUM_TENSORS)]
-    index = {"weight_map": {name: "model-00001-of-00100.safetensors" for name in names}}
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00100.safetensors")}
     for indent in (None, 2):
         assert parse_json(json.dumps(index, indent=indent), "index") == index
 
@@ -53,7 +53,9 @@ def test_memory_is_measured_by_the_whole_file_where_the_text_is_a_part_of_it():
 
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH, MAX_DEPTH + 1, 3_000])
-@pytest.mark.parametrize("nest", [lambda value: f"[{value}]", lambda value: f'{{"a": {value}}}'], ids=["list", "object"])
+@pytest.mark.parametrize(
+    "nest", [lambda value: f"[{value}]", lambda value: f'{{"a": {value}}}'], ids=["list", "object"]
+)
 def test_nesting_ends_at_a_level(nest, depth):
     text = "1"
     for _ in range(depth):

@@ -173,7 +173,9 @@ def test_file_of_very_many_tensors_is_opened(tmp_path):
         stream.truncate(8 + len(encoded) + end)  # sparse: it takes no room on the disk
     assert len(TensorFiles.open(file)) == 20_000
     os.truncate(file, 8 + len(encoded))
-    with pytest.raises(ValueError, match=r"is not a whole safetensors file \(its header is not JSON \(its values would take"):
+    with pytest.raises(
+        ValueError, match=r"is not a whole safetensors file \(its header is not JSON \(its values would take"
+    ):
         TensorFiles.open(file)
 
 

@@ -48,7 +48,7 @@ def parse_json(text: str | bytes, where: str, num_bytes: int = 0) -> Any:
         raise ValueError(f"{where} is not JSON ({error}): get it again") from error
     except RecursionError as error:
         raise ValueError(f"{where} nests deeper than {MAX_DEPTH} levels: get it again") from error
-    if _is_deep(content):
+    if text.count("{") + text.count("[") > MAX_DEPTH and _is_deep(content):
         raise ValueError(f"{where} nests deeper than {MAX_DEPTH} levels: get it again")
     return content
 
