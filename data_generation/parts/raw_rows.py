@@ -27,6 +27,8 @@ PACKED_BYTES = 1 << 10  # zstd unpacks four bytes to 128 KiB at the most
 MAX_ROW_BYTES = 1 << 24  # a conversation of four million tokens
 MAX_DEPTH = 64
 MEMORY_RATIO, FREE_MEMORY = 10, 1 << 22  # of values by bytes of text; small rows are not looked at so closely
+BYTES_OF = {"{": 240, "[": 64, '"': 32, ",": 40}  # an object, a list, half of a text, and a place with its number
+HARMLESS_BYTES = FREE_MEMORY // max(BYTES_OF.values())  # of text, which cannot take more than FREE_MEMORY
 UNPACKED_RATIO, FREE_UNPACKED = 1000, 1 << 26  # gzip packs no better
 WINDOW_RATIO, FREE_WINDOW = 10, 1 << 27  # bytes; the larger is what `zstd` itself unpacks unless it is told otherwise
 BATCH_ROWS = 1000
@@ -46,20 +48,24 @@ class InputError(ValueError):
 def parse_json(text: str | bytes, where: str) -> Any:
     """Parses JSON, or raises InputError with its place."""
     try:
-        if memory_of(text) > FREE_MEMORY + MEMORY_RATIO * len(text):
+        if len(text) > HARMLESS_BYTES and memory_of(text) > FREE_MEMORY + MEMORY_RATIO * len(text):
             raise ValueError("values that take far more memory than the text")
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: found {shorten(text)} ({error}), expected JSON") from error
-    check_depth(value, where)
+    if count_of(text, "{") + count_of(text, "[") > MAX_DEPTH:  # few rows have so many, and it takes time
+        check_depth(value, where)
     return value
+
+
+def count_of(text: str | bytes, mark: str) -> int:
+    """Returns how often a letter of ASCII is in a text."""
+    return text.count(mark) if isinstance(text, str) else text.count(mark.encode())
 
 
 def memory_of(text: str | bytes) -> int:
     """Returns how many bytes Python needs at most for the values of a JSON text, without their characters."""
-    if isinstance(text, str):
-        return 240 * text.count("{") + 64 * text.count("[") + 32 * text.count('"') + 40 * text.count(",")
-    return 240 * text.count(b"{") + 64 * text.count(b"[") + 32 * text.count(b'"') + 40 * text.count(b",")
+    return sum(size * count_of(text, mark) for mark, size in BYTES_OF.items())
 
 
 def check_depth(value: Any, where: str) -> None:

@@ -6,6 +6,7 @@ Knows nothing about tokenizers or turns; template_worker.py is what runs there.
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,15 @@ class TemplateError(InputError):
 
 
 class TemplateProcess:
-    """The other process: started when it is needed, ended with this one, and replaced after it was stopped."""
+    """The other process: started when it is needed, ended with this one, and replaced after it was stopped.
+
+    Threads may share it; one asks after the other.
+    """
 
     def __init__(self) -> None:
         """Starts nothing yet."""
         self.process: subprocess.Popen[bytes] | None = None
+        self.lock = threading.Lock()
 
     def ask(self, template: str, names: dict[str, Any] | None) -> tuple[str, list[str]]:
         """Compiles a template, and renders it with these names unless they are None.
@@ -56,9 +61,9 @@ class TemplateProcess:
             "most_characters": FREE_CHARACTERS + CHARACTERS_PER_LETTER * (len(packed) + len(template)),
         }
         line = json.dumps(request).encode().replace(b'"names": null', b'"names": ' + packed.encode(), 1)
-        answer = json.loads(self.exchange(line) or "null")
+        with self.lock:
+            answer = json.loads(self.exchange(line) or "null")
         if answer is None:
-            self.close()
             limits = f"{SECONDS:g} s of computing or {MEMORY_BYTES >> 20} MB"
             raise TemplateError(f"it took more than {limits} and was stopped", "run away")
         if "error" in answer:
@@ -69,7 +74,12 @@ class TemplateProcess:
         """Returns the answer to a line, empty if the process ended before it."""
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, str(WORKER), str(MEMORY_BYTES)],
+                [
+                    sys.executable,
+                    "-P",
+                    str(WORKER),
+                    str(MEMORY_BYTES),
+                ],  # -P: modules beside it are none of Python's own
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -77,13 +87,18 @@ class TemplateProcess:
             )
         assert self.process.stdin
         assert self.process.stdout
+        answer = b""
         try:
             self.process.stdin.write(line + b"\n")
             self.process.stdin.flush()
             answer = self.process.stdout.readline()
         except BrokenPipeError:
-            return b""
-        return answer if answer.endswith(b"\n") else b""
+            pass
+        finally:
+            if not answer.endswith(b"\n"):  # after an interrupt too: the next request must not get this one's answer
+                self.close()
+                answer = b""
+        return answer
 
     def close(self) -> None:
         """Ends the process."""

@@ -4,6 +4,7 @@ A template is a program of whoever published the tokenizer. jinja2's sandbox kee
 Python, but not from counting forever or from writing a text of any length: here the kernel does. Knows no other module.
 """
 
+import contextlib
 import json
 import math
 import resource
@@ -112,7 +113,8 @@ def main() -> None:
     """Answers one request after the other, each within its processor time, all within one memory limit."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most_memory = int(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (most_memory, most_memory))
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (most_memory, most_memory))
     renderer = Renderer()
     for request in requests():
         used = resource.getrusage(resource.RUSAGE_SELF)

@@ -10,8 +10,8 @@ them, and others in every run:
 
     pytest tests/fuzz --fuzz-inputs 200000        or        MEDUSA_FUZZ_INPUTS=200000 pytest tests/fuzz
 
-Inputs that once were faults are kept: `seeds/READER/LABEL--FILE` is read in place of FILE by that reader, always and first; a
-`/` in FILE is written `+`. A new fault prints its input; store it there.
+Inputs that once were faults are kept, a few of each kind: `seeds/READER/LABEL--FILE` is read in place of FILE by that reader,
+always and first; a `/` in FILE is written `+`. A new fault prints its input; store it there.
 """
 
 from __future__ import annotations
@@ -84,6 +84,12 @@ def test_input_that_once_was_a_fault_ends_in_one_line_or_a_right_result(
 ) -> None:
     name = seed.name.partition("--")[2].replace("+", "/")
     read_with(reader, directory, name, seed.read_bytes())
+
+
+def test_every_kept_input_belongs_to_a_reader() -> None:
+    kept = {file.parent.name for file in SEEDS.glob("*/*--*")}
+    assert kept and kept <= {reader.name for reader in READERS}
+    assert {file.parent.name for file in SEEDS.glob("*/*")} == kept
 
 
 @EACH

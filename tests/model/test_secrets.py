@@ -24,6 +24,8 @@ TEXTS = {
     "WANDB_API_KEY=0123": "WANDB_API_KEY=***",
     "aws_secret_access_key=abc aws_session_token=d": "aws_secret_access_key=*** aws_session_token=***",
     "sent with Bearer abcdefghijklmnop.q": "sent with Bearer ***",
+    "Authorization: Basic bWU6c2VjLXJldDpsb25n": "Authorization: Basic ***",
+    "https://hooks.slack.com/services/T0/B0/xyz is called": "https://hooks.slack.com/*** is called",
     "my token is hf_abcdefghijklmnopqrst!": "my token is ***!",
     "sk-proj-abcdefghijklmnopqrstu": "***",
     "AKIAIOSFODNN7EXAMPLE": "***",
@@ -61,13 +63,13 @@ def test_text_without_a_secret_stays(text):
     "key",
     ["hub_token", "hf_token", "token", "comet_api_key", "WANDB_API_KEY", "apiKey", "api-key", "aws_secret_access_key",
      "aws_access_key_id", "aws_session_token", "mlflow_tracking_password", "client_secret", "hf_use_auth_token",
-     "clientSecret", "credentials"],
+     "clientSecret", "credentials", "huggingface_token", "HUGGING_FACE_HUB_TOKEN", "swanlab_lark_webhook_url"],
 )  # fmt: skip
 def test_value_of_a_secret_key_is_hidden(key):
     content = {"outer": [{key: "abc"}, {key: {"inner": ["x", 5, True, None, ""]}}]}
     assert without_secrets(content) == {"outer": [{key: "***"}, {key: {"inner": ["***", "***", True, None, ""]}}]}
     assert content["outer"][0] == {key: "abc"}, "the original stays"
-    assert list(secrets_in(content)) == [key]
+    assert list(secrets_in(content)) == [key, key]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,34 @@ def test_value_of_a_secret_key_is_hidden(key):
 def test_other_keys_keep_their_values(key):
     content = {key: "abc", "nested": {key: ["abc", 1]}}
     assert without_secrets(content) == content and list(secrets_in(content)) == []
+
+
+def test_yaml_of_a_run_without_credentials_stays_as_it_is():
+    yaml = {
+        "tokenizer_type": "AutoTokenizer",
+        "special_tokens": {"pad_token": "<|pad|>", "eos_token": "</s>", "additional_special_tokens": ["<a>"]},
+        "tokens": ["<|im_start|>", "<|im_end|>"],
+        "eot_tokens": ["<|im_end|>"],
+        "added_tokens_overrides": {"128010": "<tool>"},
+        "max_tokens": 512,
+        "datasets": [
+            {
+                "path": "https://huggingface.co/datasets/org/data/resolve/main/a.jsonl?download=true",
+                "field_messages": "m",
+            },
+            {"path": "s3://bucket/key=5/rows.jsonl", "message_property_mappings": {"role": "from"}},
+        ],
+        "mlflow_tracking_uri": "http://mlflow:5000",
+        "hf_use_auth_token": True,
+        "hub_model_id": "me/heads",
+        "template_thinking_key": "thinking",
+        "comet_experiment_key": "run-5",
+        "chat_template_jinja": "{% if token == 'x' %}{{ bos_token }}{% set secret='y' %}{% endif %}",
+        "wandb_project": "key=value",
+        "base_model": "org/model@main",
+        "seed": 5,
+    }
+    assert without_secrets(yaml) == yaml and list(secrets_in(yaml)) == []
 
 
 @pytest.mark.parametrize("value", [True, False, None, ""])

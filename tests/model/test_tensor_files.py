@@ -160,6 +160,25 @@ def test_damaged_safetensors_file_is_refused(content, tmp_path):
         TensorFiles.open(tmp_path / "a.safetensors")
 
 
+def test_file_of_very_many_tensors_is_opened(tmp_path):
+    """All experts of a large model in one file, whose header alone takes more memory than its length allows."""
+    header, end, size = {}, 0, 2048 * 768 * 2
+    for number in range(20_000):
+        entry = {"dtype": "BF16", "shape": [2048, 768], "data_offsets": [end, end := end + size]}
+        header[f"experts.{number}"] = entry
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    file = tmp_path / "a.safetensors"
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        stream.truncate(8 + len(encoded) + end)  # sparse: it takes no room on the disk
+    assert len(TensorFiles.open(file)) == 20_000
+    os.truncate(file, 8 + len(encoded))
+    with pytest.raises(
+        ValueError, match=r"is not a whole safetensors file \(its header is not JSON \(its values would take"
+    ):
+        TensorFiles.open(file)
+
+
 def test_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     write_tensors(tmp_path / "a.safetensors", lazy({"x": torch.ones(100)}))
     files = TensorFiles.open(tmp_path / "a.safetensors")

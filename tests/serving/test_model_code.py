@@ -70,6 +70,17 @@ def test_nothing_is_taken_where_nothing_inside_is_named(auto_map, tmp_path):
     assert names(inside) == []
 
 
+def test_links_to_files_elsewhere_are_no_code_of_the_model(tmp_path):
+    """An export would copy what they lead to."""
+    (tmp_path / "private").write_text("key")
+    inside = configure(
+        write(tmp_path / "model", modeling_own="from . import layers, linked"), {"AutoModel": "modeling_own.Own"}
+    )
+    for name in ("layers.py", "linked.py"):
+        (inside / name).symlink_to(tmp_path / "private" if name == "layers.py" else inside / "modeling_own.py")
+    assert names(inside) == ["linked.py", "modeling_own.py"]
+
+
 def test_directory_without_configurations_has_no_code(tmp_path):
     assert names(write(tmp_path, modeling_own="")) == []
 

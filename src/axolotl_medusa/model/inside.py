@@ -11,8 +11,9 @@ from pathlib import Path
 def stays_inside(file: Path, directory: Path) -> bool:
     """Whether a path leads to a file of `directory`, links followed.
 
-    The Hub's cache is one place: its `snapshots/COMMIT` hold links into the `blobs` beside them.
+    A link into the `blobs` of the Hub's cache counts as one: its `snapshots`, and older downloads into a directory of the
+    user's, hold nothing but such links.
     """
-    home, target = directory.resolve(), file.resolve()
-    blobs = [place.parents[1] / "blobs" for place in (home, *home.parents) if place.parent.name == "snapshots"]
-    return any(target.is_relative_to(place) for place in (home, *blobs))
+    target = file.resolve()
+    is_blob = target.parent.name == "blobs" and (target.parents[1] / "snapshots").is_dir()
+    return is_blob or target.is_relative_to(directory.resolve())

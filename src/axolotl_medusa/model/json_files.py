@@ -1,7 +1,7 @@
 """JSON as strangers send it: read within limits of size, nesting and memory.
 
 Contract: knows no file's meaning; imports nothing of ours. Whatever a text holds, reading it ends in a value or in a
-`ValueError` of one line, and takes no more than ten times the text's memory beyond `_FREE_BYTES`.
+`ValueError` of one line, and takes no more than ten times the file's memory beyond `_FREE_BYTES`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ MAX_DEPTH = 64
 
 _FREE_BYTES = 4_000_000
 """Memory that any text may take; it spares small files, such as a list of lists of a number, the ratio below."""
-_MEMORY_RATIO = 5
-"""Beyond `_FREE_BYTES`, memory of the values by that of the text, which itself may be decoded at four bytes a character."""
+_MEMORY_RATIO, _ASCII_RATIO = 5, 7
+"""Beyond `_FREE_BYTES`, memory of the values by that of the file; its text itself is decoded at one byte a character where all
+of them are ASCII, else at up to four."""
 _BYTES_OF = {"{": 240, "[": 64, '"': 32, ",": 40}
 """What Python needs at most for an object, a list, half of a text, and a place with its number."""
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, num_bytes: int = 0) -> Any:
     """Parses JSON.
 
     Args:
         text: UTF-8.
         where: Its file, for messages.
+        num_bytes: Of the whole file, where the text is only a part of it.
 
     Raises:
         ValueError: It is not JSON, or goes beyond the limits.
@@ -38,14 +40,15 @@ def parse_json(text: str | bytes, where: str) -> Any:
     try:
         text = text if isinstance(text, str) else text.decode()
         memory = sum(size * text.count(mark) for mark, size in _BYTES_OF.items())
-        if memory > _FREE_BYTES + _MEMORY_RATIO * len(text):
+        ratio = _ASCII_RATIO if text.isascii() else _MEMORY_RATIO
+        if memory > _FREE_BYTES + ratio * max(num_bytes, len(text)):
             raise ValueError(f"its values would take {memory // 1_000_000} MB of memory, as no file of this kind does")
         content = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}): get it again") from error
     except RecursionError as error:
         raise ValueError(f"{where} nests deeper than {MAX_DEPTH} levels: get it again") from error
-    if _is_deep(content):
+    if text.count("{") + text.count("[") > MAX_DEPTH and _is_deep(content):
         raise ValueError(f"{where} nests deeper than {MAX_DEPTH} levels: get it again")
     return content
 

@@ -15,8 +15,9 @@ HIDDEN = "***"
 
 _NAMES = (
     r"api_?key|access_?key(?:_?id)?|secret_?(?:access_?)?key|(?:private|account|encryption|wandb|license)_?key|"
-    r"(?:auth|access|hub|hf|api|session|refresh|security|sas|tracking|wandb|github|gh|gitlab|oauth|bearer|private|"
-    r"personal)_?token|secret|passw(?:or)?d|passphrase|credentials?|authorization|amz_signature|goog_signature"
+    r"(?:auth|access|hub|hf|hugging_?face|api|session|refresh|security|sas|tracking|wandb|github|gh|gitlab|oauth|bearer|private|"
+    r"personal)_?token|secret|passw(?:or)?d|passphrase|credentials?|authorization|amz_signature|goog_signature|"
+    r"webhook(?:_?ur[il])?"
 )
 _KEY = re.compile(rf"(?:^|.*[\W_])(?:{_NAMES})$|^token$|^pwd$", re.IGNORECASE)
 """Names of settings: `hub_token` and `comet_api_key`, not `eos_token` or `tokens`."""
@@ -30,7 +31,8 @@ _IN_TEXT = (
     # A parameter of a query or a connection string; short names only where a query's separator stands before them.
     (re.compile(rf"(?i)((?:{_ANYWHERE})=){_VALUE}"), rf"\1{HIDDEN}"),
     (re.compile(rf"(?i)(?<=[?&;#])((?:token|key|sig|signature|auth|pwd|code)=){_VALUE}"), rf"\1{HIDDEN}"),
-    (re.compile(r"(?i)\b(bearer )[\w.~+/=-]{16,}"), rf"\1{HIDDEN}"),
+    (re.compile(r"(?i)\b(bearer |authorization: basic )[\w.~+/=-]{16,}"), rf"\1{HIDDEN}"),
+    (re.compile(r"(?i)(://hooks\.slack\.com/|://discord(?:app)?\.com/api/webhooks/)[\w/-]+"), rf"\1{HIDDEN}"),
     (
         re.compile(
             r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|"
@@ -64,10 +66,10 @@ def is_secret_key(key: str) -> bool:
 
 
 def secrets_in(content: Any, key: str = "") -> Iterator[str]:
-    """Names of the settings in a JSON value that hold a secret, as texts; the nearest name where one is in a list."""
+    """Names of the settings in a JSON value that hold a secret; the nearest name where one is in a list."""
     if isinstance(content, dict):
         for name, value in content.items():
-            if isinstance(value, str) and is_secret_key(str(name)) and value not in ("", HIDDEN):
+            if is_secret_key(str(name)) and any(text not in ("", HIDDEN) for text in _texts(value)):
                 yield str(name)
             else:
                 yield from secrets_in(value, str(name))
@@ -76,6 +78,14 @@ def secrets_in(content: Any, key: str = "") -> Iterator[str]:
             yield from secrets_in(value, key)
     elif isinstance(content, str) and without_secrets(content) != content:
         yield key
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _hidden(value: Any) -> Any:

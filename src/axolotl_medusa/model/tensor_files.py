@@ -212,9 +212,9 @@ def _safetensors(file: Path) -> list[LazyTensor]:
             raise ValueError(f"{file} is not a safetensors file, or only a part of one: get it again")
         header_bytes = stream.read(length)
     try:
-        return _described_tensors(file, parse_json(header_bytes, "its header"), 8 + length, size)
+        return _described_tensors(file, parse_json(header_bytes, "its header", size), 8 + length, size)
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        reason = ascii(error if isinstance(error, ValueError) else repr(error))[:_LONGEST_NAME]
+        reason = ascii(str(error) if isinstance(error, ValueError) else repr(error))[1:-1][:_LONGEST_NAME]
         raise ValueError(f"{file} is not a whole safetensors file ({reason}): get it again") from error
 
 

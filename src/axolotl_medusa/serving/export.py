@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -242,5 +241,5 @@ def _write_model(source: Source, directory: Path) -> None:
 
 
 def _copy_adapter(adapter: Path, out: Path) -> None:
-    shutil.copyfile(adapter / ADAPTER_CONFIG_FILE, out / ADAPTER_CONFIG_FILE)
+    write_json(out / ADAPTER_CONFIG_FILE, without_secrets(read_json(adapter / ADAPTER_CONFIG_FILE)))
     write_tensors(out / ADAPTER_FILE, _adapter_tensors(adapter).values())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_medusa.model.file_names import CONFIG_FILE
+from axolotl_medusa.model.inside import stays_inside
 from axolotl_medusa.model.json_files import read_json
 
 _CONFIGS = (CONFIG_FILE, "tokenizer_config.json")
@@ -50,13 +51,13 @@ def _named(auto_map: Any) -> Iterator[str]:
 
 
 def _file_of(directory: Path, module: str) -> Path | None:
-    """The file of a module below `directory`, None where there is none."""
+    """The file of a module below `directory`, None where there is none, or a link to a file elsewhere."""
     if not _MODULE.fullmatch(module):
         return None
     path = Path(*module.split("."))
-    return next(
-        (file for file in (path.with_suffix(".py"), path / "__init__.py") if (directory / file).is_file()), None
-    )
+    files = (path.with_suffix(".py"), path / "__init__.py")
+    found = next((file for file in files if (directory / file).is_file()), None)
+    return found if found and stays_inside(directory / found, directory) else None
 
 
 def _imported(directory: Path, file: Path) -> Iterator[str]:

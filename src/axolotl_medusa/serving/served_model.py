@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from axolotl_medusa.model.inside import stays_inside
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.sources import Source
 from axolotl_medusa.model.stored_embeddings import StoredEmbeddings, module_of, stored_embeddings, text_config
@@ -80,7 +81,8 @@ def copy_tokenizer(source: Source, directory: Path) -> None:
 def copy_generation_config(source: Source, directory: Path) -> None:
     """Copies the model's `generation_config.json`, and the code that its configurations name, where there are any."""
     origin = source.model_dir()
-    files = [path.relative_to(origin) for path in origin.glob("generation_config.json")] + model_code(origin)
+    configs = [path for path in origin.glob("generation_config.json") if stays_inside(path, origin)]
+    files = [path.relative_to(origin) for path in configs] + model_code(origin)
     for file in files:
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(origin / file, directory / file)
