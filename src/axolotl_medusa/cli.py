@@ -119,7 +119,7 @@ def _decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) ->
 
 
 def _tree_argument(parser: argparse.ArgumentParser, *, chooses: bool = True) -> None:
-    auto = "auto (times steps for a second, then takes what is fastest, plain decoding too), " if chooses else ""
+    auto = "auto (tries trees now and then and takes what is fastest, plain decoding too), " if chooses else ""
     trees = "none, chain, chain-N, default, default-N, or a file of `axolotl-medusa tree`"
     help_ = f"{auto}{trees} (default: {'auto' if chooses else 'default'})"
     parser.add_argument("--tree", default="auto" if chooses else None, metavar="T", help=help_)

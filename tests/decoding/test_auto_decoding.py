@@ -7,8 +7,7 @@ import torch
 from conftest import VOCAB
 from decoding_models import CYCLE, counting_heads, counting_model, fitted_heads, prompts, random_heads, varied_model
 
-from axolotl_medusa.decoding import auto_decoding
-from axolotl_medusa.decoding.auto_decoding import WARM_UP_S, head_ranks_of
+from axolotl_medusa.decoding.auto_decoding import head_ranks_of
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.tree import Tree, chain
 from axolotl_medusa.decoding.tree_chooser import PLAIN, POSITIONS
@@ -46,7 +45,6 @@ def decoded(ratio, right, new=200, answers=1):
     medusa = MedusaModel(counting_model(), counting_heads(right))
     medusa.base_model.config.max_position_embeddings = 1000
     machine = Machine(medusa, ratio)
-    medusa.chooser()
     for _ in range(answers):
         machine.nodes.clear()
         begin = machine.now
@@ -71,8 +69,8 @@ def test_second_answer_begins_with_the_tree_of_the_first():
 
 @pytest.mark.parametrize("right", [[False] * 3, [True, False, False]])
 def test_plain_decoding_is_kept_where_trees_cost_more_than_they_accept(right):
-    nodes, share, stats, reason = decoded(lambda nodes: 2.5, right)
-    assert set(nodes) == {1} and share <= 1.02 and stats.acceptance_length == 1
+    nodes, share, _, reason = decoded(lambda nodes: 2.5, right)
+    assert len(nodes) - nodes.count(1) <= 2 and share <= 1.02
     assert reason.startswith("plain decoding: no tree would gain 5%")
 
 
@@ -80,8 +78,6 @@ def test_heads_are_asked_seldom_and_about_many_positions_at_once():
     medusa = MedusaModel(counting_model(), counting_heads([False] * 3))
     medusa.base_model.config.max_position_embeddings = 1000
     machine = Machine(medusa, lambda nodes: 2.5)
-    medusa.chooser()
-    machine.counts = 0
     medusa.generate(torch.tensor([[3]]), None, 500, tree="auto")
     assert machine.counts == 5  # after 16, 32, 64, 128 and 256 tokens more
 
@@ -97,10 +93,9 @@ def test_tokens_are_those_of_plain_decoding_whatever_is_chosen(right, sample):
         prompt = ids[row][mask[row].bool()][None]
         expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False)
         medusa = MedusaModel(model, heads)
-        medusa.chooser()
         used = []
         trees = [PLAIN, *medusa.chooser().trees]
-        medusa.chooser().next = lambda used=used, trees=trees: used.append(0) or trees[len(used) % len(trees)]
+        medusa.chooser().next = lambda used=used, trees=trees: used.append(0) or trees[(len(used) - 1) % len(trees)]
         options = dict(do_sample=sample, temperature=1e-4 if sample else 1.0)
         found, stats = medusa.generate(prompt, None, NEW, tree="auto", eos_token_id=[], return_stats=True, **options)
         assert torch.equal(found, expected)
@@ -155,43 +150,58 @@ def test_ranks_count_what_is_better():
     assert head_ranks_of(medusa, hidden, [[9, 4], [3, 9]]) == [[last, 0], [0, last]]
 
 
-@pytest.mark.parametrize(("step_s", "known"), [(0.001, 10), (0.2, 1), (5.0, 0)])
-def test_warm_up_ends_in_time_and_leaves_what_it_measured(step_s, known):
-    """A step that has begun is finished; a tree counts as measured after its second one."""
-    medusa = MedusaModel(counting_model(), counting_heads([True] * 3))
-    machine = Machine(medusa, lambda nodes: 1.0, plain_s=step_s)
-    chooser = medusa.chooser()
-    assert machine.now <= WARM_UP_S + step_s
-    assert len(chooser._measured()) == min(known, len(chooser.trees))
-    if known == 1:
-        assert chooser._measured()[0][0] == 2, "the smallest tree comes first"
-    assert medusa.chooser() is chooser
+@pytest.mark.parametrize("new", [5, 20, 128, 400])
+@pytest.mark.parametrize("right", [[False] * 3, [True, False, False]])
+def test_first_answer_of_any_length_takes_at_most_2_percent_more(new, right):
+    """Nothing is timed before it: what is spent to find out is within its own time."""
+    _, share, _, _ = decoded(lambda nodes: 1 + 0.9 * (nodes - 1), right, new=new)
+    assert share <= 1.02
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ids": prompts()[0]}, "tree='auto' with a batch of 4, expected one prompt that is not compiled: name a tree"),
-        ({"compile": True}, "tree='auto' with compile=True, expected one prompt that is not compiled: name a tree"),
-        ({"acceptance": "typical"}, "tree='auto' with acceptance='typical', whose text depends on the tree"),
-    ],
-)
-def test_what_auto_cannot_choose_for_is_refused(options, message, monkeypatch):
-    monkeypatch.setattr(auto_decoding, "warm_up", None)
-    medusa = MedusaModel(varied_model(), random_heads())
-    with pytest.raises(ValueError, match=message):
-        medusa.generate(options.pop("ids", prompts()[0][:1]), tree="auto", **options)
-
-
-def test_default_of_python_stays_the_same_tree_every_time():
+def test_default_is_chosen_for_one_prompt_and_the_same_seed_draws_the_same_tokens_with_every_tree():
     model = varied_model()
     ids, mask = prompts()
-    medusa = MedusaModel(model, random_heads())
-    used = []
-    run = medusa._decoding
-    medusa._decoding = lambda *arguments: used.append(arguments[2]) or run(*arguments)
-    medusa.generate(ids, mask, 4)
-    assert used[0].num_nodes == 64 and medusa._chooser is None
+    heads = fitted_heads(model, ids, mask)
+    drawn = []
+    for tree in (None, "auto", "none", "chain", "default"):
+        medusa = MedusaModel(model, heads)
+        torch.manual_seed(5)
+        drawn.append(medusa.generate(ids[:1], None, NEW, tree=tree, do_sample=True, temperature=0.7, eos_token_id=[]))
+        assert (medusa._chooser is not None) is (tree in (None, "auto"))
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
+    torch.manual_seed(6)
+    assert not torch.equal(drawn[0], MedusaModel(model, heads).generate(ids[:1], None, NEW, do_sample=True))
+
+
+@pytest.mark.parametrize("tree", [None, "auto"])
+@pytest.mark.parametrize("reason", ["batch", "compile"])
+def test_what_no_tree_can_be_chosen_for_is_decoded_plainly_and_said_once(tree, reason, monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    model = varied_model()
+    ids, mask = prompts(4 if reason == "batch" else 1)
+    medusa = MedusaModel(model, fitted_heads(model, *prompts()))
+    for _ in range(2):
+        tokens, stats = medusa.generate(ids, mask, 9, tree=tree, compile=reason == "compile", return_stats=True)
+        assert stats.acceptance_length == 1
+        assert torch.equal(tokens, medusa.generate(ids, mask, 9, tree="default"))
+    said = {
+        "batch": "plain decoding: trees are tried on single prompts, not on batches; name one with tree=",
+        "compile": "plain decoding: a compiled forward has one tree for all steps, so none is tried; "
+        "name one with --tree (tree=)",
+    }
+    assert caplog.messages == [said[reason]]
+
+
+def test_typical_acceptance_has_one_tree_as_its_text_depends_on_it():
+    model = varied_model()
+    ids, mask = prompts()
+    medusa = MedusaModel(model, fitted_heads(model, ids, mask))
+    options = dict(acceptance="typical", temperature=2.0, epsilon=0.5, eos_token_id=[])
+    found = medusa.generate(ids, mask, 20, **options)
+    assert torch.equal(found, medusa.generate(ids, mask, 20, tree="default", **options))
+    assert not torch.equal(found, medusa.generate(ids, mask, 20, tree="none", **options))
+    with pytest.raises(ValueError, match="tree='auto' with acceptance='typical', whose text depends on the tree"):
+        medusa.generate(ids[:1], mask[:1], tree="auto", **options)
 
 
 def test_no_tree_is_deeper_than_the_heads():

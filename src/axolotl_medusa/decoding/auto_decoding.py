@@ -1,30 +1,19 @@
-"""Decoding of one prompt whose tree is chosen step by step, and the warm-up that times trees before the first answer.
+"""Decoding of one prompt whose tree is chosen step by step.
 
 Contract: runs and times what `tree_chooser` decides; the tokens of greedy decoding are the same whatever it decides.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
-from axolotl_medusa.decoding.acceptance import AcceptanceRule, accept_greedy
+from axolotl_medusa.decoding.acceptance import AcceptanceRule
 from axolotl_medusa.decoding.loop import Decoding, ModelWithHeads
-from axolotl_medusa.decoding.tree import Tree
 from axolotl_medusa.decoding.tree_chooser import PLAIN, POSITIONS, TreeChooser
-from axolotl_medusa.model.anatomy import causal_lm
-
-LOG = logging.getLogger(__name__)
-
-WARM_UP_S = 1.0
-"""Seconds after which the warm-up begins no further step."""
-
-_ROUNDS = 4
-_WARM_UP_TEXT = 16
 
 
 class AutoDecoding(Decoding):
@@ -105,43 +94,3 @@ def head_ranks_of(model: ModelWithHeads, hidden: Tensor, tokens: list[list[int]]
     wanted = logits.gather(-1, torch.tensor(tokens, device=logits.device)[..., None])
     ranks: list[list[int]] = ((logits >= wanted).sum(-1) - 1).tolist()
     return ranks
-
-
-@torch.no_grad()
-def warm_up(model: ModelWithHeads, chooser: TreeChooser, num_heads: int, clock: Callable[[], float]) -> None:
-    """Times plain steps, trees and heads for about `WARM_UP_S`, so that the first answer begins with what is known by then.
-
-    Args:
-        model: The target and its heads.
-        chooser: Learns what is timed.
-        num_heads: Heads that there are.
-        clock: Seconds of a clock that never goes back.
-    """
-    embedding = causal_lm(model.base_model).get_input_embeddings().weight
-    text = torch.arange(_WARM_UP_TEXT, device=embedding.device)[None] % len(embedding)
-    begun = clock()
-    decoding = Decoding(model, text, torch.ones_like(text), tree=PLAIN, rule=accept_greedy, max_new_tokens=1 << 30)
-    decoding.step()
-
-    def steps(tree: Tree, count: int = 1) -> None:
-        decoding.use(tree)
-        for _ in range(count):
-            if clock() - begun < WARM_UP_S:
-                begin = clock()
-                decoding.step()
-                chooser.timed(tree, clock() - begin)
-
-    for round_ in range(_ROUNDS):
-        for index in _spread(len(chooser.trees)):
-            steps(PLAIN)
-            steps(chooser.trees[index], 1 if round_ else 2)
-        if clock() - begun < WARM_UP_S:
-            begin = clock()
-            head_ranks_of(model, decoding.hidden.expand(POSITIONS, -1), [[0] * num_heads] * POSITIONS)
-            chooser.timed_count(clock() - begin)
-    LOG.info("timed steps for %.1f s, to choose trees by", clock() - begun)
-
-
-def _spread(count: int) -> list[int]:
-    """All of 0 to `count - 1`: the first, the last, and then those between."""
-    return sorted(range(count), key=lambda index: (index not in (0, count - 1), index))

@@ -6,6 +6,7 @@ Contract: needs torch and transformers only. A step forwards a candidate tree (`
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -15,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_medusa.decoding.acceptance import Acceptance, AcceptanceRule, accept_greedy, acceptance_rule
-from axolotl_medusa.decoding.auto_decoding import AutoDecoding, warm_up
+from axolotl_medusa.decoding.auto_decoding import AutoDecoding
 from axolotl_medusa.decoding.compiled import CompiledBackbone
 from axolotl_medusa.decoding.load_target import check_sizes, load_target
 from axolotl_medusa.decoding.loop import Decoding, GenerationStats, check_prompts
 from axolotl_medusa.decoding.target_cache import check_target
 from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, Tree, default_tree, named_tree
-from axolotl_medusa.decoding.tree_chooser import AUTO, TreeChooser, candidate_trees, tuned_trees
+from axolotl_medusa.decoding.tree_chooser import AUTO, PLAIN, TreeChooser, candidate_trees, tuned_trees, why_plain
 from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, logit_transform, output_embedding
 from axolotl_medusa.model.heads import MedusaHeads
+
+LOG = logging.getLogger(__name__)
 
 
 class Streamer(Protocol):
@@ -61,6 +64,7 @@ class MedusaModel:
         self._compiled: CompiledBackbone | None = None
         self._chooser: TreeChooser | None = None
         self._tuned: dict[Tree, float] = {}
+        self._said: set[str] = set()
 
     @classmethod
     def from_pretrained(
@@ -113,15 +117,9 @@ class MedusaModel:
         return self._compiled
 
     def chooser(self) -> TreeChooser:
-        """What chooses the trees of `auto`, one for all decodings, so that what it learned is used again.
-
-        When it is first asked for, steps are timed for about a second (`WARM_UP_S`).
-        """
+        """What chooses the trees of `auto`, one for all decodings, so that what it learned is used again."""
         if self._chooser is None:
-            num_heads = self.heads.num_heads
-            chooser = TreeChooser(candidate_trees(num_heads, self.heads.vocab_size), self._tuned)
-            warm_up(self, chooser, num_heads, self._clock)
-            self._chooser = chooser
+            self._chooser = TreeChooser(candidate_trees(self.heads.num_heads, self.heads.vocab_size), self._tuned)
         return self._chooser
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -182,30 +180,32 @@ class MedusaModel:
         eos_token_ids: Collection[int],
         compile: bool,
     ) -> Decoding:
-        if isinstance(tree, Tree):
-            return Decoding(
+        if isinstance(tree, str) and (line := why_plain(len(input_ids), compile)):
+            if line not in self._said:
+                LOG.warning("%s", line)
+            self._said.add(line)
+            tree = PLAIN
+        if isinstance(tree, str):
+            return AutoDecoding(
                 self,
                 input_ids,
                 attention_mask,
-                tree=tree,
+                chooser=self.chooser(),
+                num_heads=self.heads.num_heads,
                 rule=rule,
                 max_new_tokens=max_new_tokens,
                 eos_token_ids=eos_token_ids,
-                compiled=self.compiled() if compile else None,
+                clock=self._clock,
             )
-        if len(input_ids) > 1 or compile:
-            found = "compile=True" if compile else f"a batch of {len(input_ids)}"
-            raise ValueError(f"tree='auto' with {found}, expected one prompt that is not compiled: name a tree")
-        return AutoDecoding(
+        return Decoding(
             self,
             input_ids,
             attention_mask,
-            chooser=self.chooser(),
-            num_heads=self.heads.num_heads,
+            tree=tree,
             rule=rule,
             max_new_tokens=max_new_tokens,
             eos_token_ids=eos_token_ids,
-            clock=self._clock,
+            compiled=self.compiled() if compile else None,
         )
 
     @torch.no_grad()
@@ -239,10 +239,11 @@ class MedusaModel:
             input_ids: Prompts, padded on the left, `[batch, prompt]`.
             attention_mask: 1 for tokens, 0 for padding, `[batch, prompt]`; by default padding is where `pad_token_id` is.
             max_new_tokens: Tokens that a row gets at most.
-            tree: A candidate tree, its file, `chain`, `chain-3`, `default`, `default-16`, or `none` for plain decoding. By
-                default the tree of 64 nodes, whatever it costs here: a call takes the same steps, and draws the same tokens
-                from the same seed, every time. `auto`, for one prompt, chooses step by step what is fastest here, plain
-                decoding where no tree is (`tree_chooser`); its first call times steps for a second.
+            tree: A candidate tree, its file, `chain`, `chain-3`, `default`, `default-16`, or `none` for plain decoding.
+                `auto`, the default, chooses step by step what is fastest here, plain decoding where no tree is
+                (`tree_chooser`); the same seed draws the same tokens whatever it chooses. A batch, or what is compiled, it
+                decodes plainly, and a warning says so. With typical acceptance the text depends on the tree: there the
+                default is the one of 64 nodes, whatever it costs.
             do_sample: Whether to sample instead of greedy decoding.
             temperature: T of sampling and of typical acceptance.
             acceptance: `greedy` (lossless), `rejection` (exactly the model's distribution at T), or `typical` (the paper's:
@@ -276,7 +277,8 @@ class MedusaModel:
         device = causal_lm(self.base_model).get_input_embeddings().weight.device
         if tree == AUTO and acceptance == "typical":
             raise ValueError("tree='auto' with acceptance='typical', whose text depends on the tree: name a tree")
-        chosen: Tree | Literal["auto"] = AUTO if tree == AUTO else self.tree(tree)
+        is_auto = tree == AUTO or (tree is None and acceptance != "typical")
+        chosen: Tree | Literal["auto"] = AUTO if is_auto else self.tree(tree)
         prompt, mask = input_ids.to(device), attention_mask.to(device)
         decoding = self._decoding(prompt, mask, chosen, rule, max_new_tokens, eos_token_ids, compile)
         if streamer is not None:

@@ -86,6 +86,20 @@ def tuned_trees(heads: Path, num_heads: int, vocab_size: int) -> dict[Tree, floa
     return {}
 
 
+def why_plain(batch: int, compile: bool) -> str | None:
+    """A line on why no tree can be chosen for these prompts and they are decoded plainly; None where one can.
+
+    Args:
+        batch: Prompts.
+        compile: Whether the forward is compiled.
+    """
+    if compile:
+        return "plain decoding: a compiled forward has one tree for all steps, so none is tried; name one with --tree (tree=)"
+    if batch > 1:
+        return "plain decoding: trees are tried on single prompts, not on batches; name one with tree="
+    return None
+
+
 class TreeChooser:
     """Chooses a tree for every step of one answer after the other, and keeps what it learned.
 

@@ -18,7 +18,7 @@ import torch
 from axolotl_medusa.decoding.load_decoder import load_decoder, load_original
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, Tree, chain, default_tree, write_tree
-from axolotl_medusa.decoding.tree_chooser import AUTO
+from axolotl_medusa.decoding.tree_chooser import AUTO, PLAIN, why_plain
 from axolotl_medusa.measuring.evaluate import PromptTokens, check_fits, environment, evaluate
 from axolotl_medusa.measuring.plots import PLOTS, check_matplotlib, check_plots, write_plots
 from axolotl_medusa.measuring.quality import compare_models
@@ -159,18 +159,12 @@ def _answerer(options: argparse.Namespace, model: MedusaModel, tokenizer: Any) -
 
 
 def _answering_tree(options: argparse.Namespace, model: MedusaModel) -> Tree | Literal["auto"]:
-    """The tree that answers are decoded with; where it is to be chosen, steps are timed before the first answer begins."""
+    """The tree that answers are decoded with."""
     if options.tree != AUTO:
         return model.tree(options.tree)
-    if options.compile:
-        tree = model.tree()
-        print(
-            f"[tree: {tree.num_nodes} nodes, whatever it costs here: --compile has one tree for all steps, "
-            "--tree names another]",
-            file=sys.stderr,
-        )
-        return tree
-    model.chooser()
+    if line := why_plain(1, options.compile):
+        print(f"[{line}]", file=sys.stderr)
+        return PLAIN
     return AUTO
 
 
