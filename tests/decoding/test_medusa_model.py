@@ -83,7 +83,7 @@ def test_greedy_tokens_equal_plain_decoding_with_random_heads(form, tree, attent
 def test_fitted_heads_are_accepted_and_output_stays_the_same(llama, attention):
     ids, mask = prompts()
     llama.base_model.set_attn_implementation(attention)
-    tokens, stats = llama.generate(ids, mask, NEW, return_stats=True)
+    tokens, stats = llama.generate(ids, mask, NEW, tree="default", return_stats=True)
     assert torch.equal(tokens, plain(llama.base_model, ids, mask))
     assert stats.acceptance_length > 2
     assert len(stats.acceptance_lengths) > 1
@@ -138,7 +138,7 @@ def test_quantized_models_are_decoded_losslessly(tmp_path, quantization):
     assert not model.model.layers[0].mlp.up_proj.weight.is_floating_point()
     ids, mask = prompts()
     medusa = MedusaModel(model, fitted_heads(model, ids, mask))
-    tokens, stats = medusa.generate(ids, mask, NEW, return_stats=True)
+    tokens, stats = medusa.generate(ids, mask, NEW, tree="default", return_stats=True)
     assert torch.equal(tokens, plain(model, ids, mask))
     assert stats.acceptance_length > 1.5
 

@@ -14,7 +14,6 @@ from example_tokenizers import make_tokenizer
 from training_outputs import as_if_trained, save_base, write_run
 
 from axolotl_medusa.cli import main
-from axolotl_medusa.decoding import medusa_model
 from axolotl_medusa.decoding.load_decoder import load_original
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.tree import Tree, read_tree, write_tree
@@ -172,25 +171,14 @@ def test_tree_is_chosen_where_none_is_named_and_the_reason_said(runs, capsys, mo
     assert chosen == [9, 8, 8, 5], "the demo warms both decoders up"
 
 
-def test_trees_are_timed_before_the_answers_time_begins(runs, capsys, monkeypatch, caplog):
-    order = []
-    warm_up, answer = medusa_model.warm_up, Answerer.answer
-    monkeypatch.setattr(medusa_model, "warm_up", lambda *given: order.append("warm-up") or warm_up(*given))
-    monkeypatch.setattr(Answerer, "answer", lambda *given: order.append("answer") or answer(*given))
-    with caplog.at_level("INFO"):
-        run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--max-new-tokens", 9)
-    assert order == ["warm-up", "answer"]
-    assert "timed steps for " in caplog.text
-
-
 def test_tree_beside_the_heads_is_considered(runs, capsys, tmp_path, monkeypatch):
     shutil.copytree(runs / "medusa-1", tmp_path / "run")
     tree = Tree(((0,), (1,), (2,)))
     write_tree(tmp_path / "run" / "tree.json", tree, expected_acceptance_length=1.9)
-    given = []
-    monkeypatch.setattr(medusa_model, "warm_up", lambda _, chooser, *__: given.append(chooser))
+    begun = []
+    monkeypatch.setattr(TreeChooser, "begin", lambda chooser, _: begun.append(chooser._lengths[tree].mean))
     run(capsys, "generate", tmp_path / "run", "--prompt", "Hi", "--max-new-tokens", 9)
-    assert tree in given[0].trees and given[0]._lengths[tree].mean == pytest.approx(1.9)
+    assert begun == [pytest.approx(1.9)]
 
 
 def test_generate_with_an_adapter_is_the_adapted_models_answer(runs, capsys):
@@ -295,7 +283,7 @@ def test_compile_reaches_the_decoder(command, runs, capsys, monkeypatch):
     assert compiled == ["inductor"]
 
 
-def test_compiled_decoding_has_one_tree_and_says_which(runs, capsys, monkeypatch):
+def test_compiled_decoding_tries_no_tree_and_says_why(runs, capsys, monkeypatch):
     given = []
 
     def stop(self, *_, tree, compile, **__):
@@ -304,10 +292,9 @@ def test_compiled_decoding_has_one_tree_and_says_which(runs, capsys, monkeypatch
 
     monkeypatch.setattr(MedusaModel, "generate", stop)
     error = run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--compile", status=1).err
-    assert (
-        "[tree: 64 nodes, whatever it costs here: --compile has one tree for all steps, --tree names another]" in error
-    )
-    assert given == [(64, True)]
+    assert "[plain decoding: a compiled forward has one tree for all steps, so none is tried" in error
+    run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--compile", "--tree", "default", status=1)
+    assert given == [(1, True), (64, True)]
 
 
 @pytest.mark.parametrize(("option", "dtype"), [("auto", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
