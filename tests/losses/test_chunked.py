@@ -235,6 +235,34 @@ def test_chunked_loss_recomputes_only_where_parameters_are_sharded(sharding, pas
     assert sorted(seen) == sorted([5, 5, 5, 5, 3] * passes)
 
 
+@pytest.mark.parametrize("most", [1, 7])
+@pytest.mark.parametrize("weights", ["ce", "kl"])
+def test_chunked_loss_of_sharded_parameters_takes_as_many_chunks_as_the_rank_with_most_rows(weights, most, monkeypatch):
+    """Each chunk gathers the output layer from all ranks: one chunk less on one of them, and the others wait forever."""
+
+    def all_reduce(counts, operation):
+        asked.append((counts.tolist(), operation))
+        counts.clamp_(min=most)
+
+    case, asked, seen = Case(bias=True), [], []
+    expected, result = case.loss(LOSSES[weights])
+    gradients = torch.autograd.grad(expected, case.wanted)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    case.loss(LOSSES[weights], chunk_rows=5)
+    assert not asked, "parameters that are whole wait for nobody"
+    case.linear.weight.ds_shape = case.linear.weight.shape
+    layer = output_layer(case.linear, partial(counting, case.linear, seen))
+    loss, again = case.loss(LOSSES[weights], layer=layer, chunk_rows=5, accuracies=Accuracies(3))
+    assert asked == [([5], torch.distributed.ReduceOp.MAX)]
+    assert seen == [5, 5, 5, 5, 3, 0, 0][: max(5, most)]
+    torch.testing.assert_close(loss, expected, rtol=RTOL, atol=ATOL)
+    torch.testing.assert_close(again.loss, result.loss, rtol=RTOL, atol=ATOL)
+    assert again.correct.shape == (ROWS,)
+    for ours, theirs in zip(torch.autograd.grad(loss, case.wanted), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=RTOL, atol=ATOL)
+
+
 def test_chunked_loss_whole_recomputation_counts_nothing_twice():
     case = Case()
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):

@@ -18,7 +18,6 @@ from axolotl_medusa.decoding.load_decoder import load_original
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.tree import Tree, read_tree, write_tree
 from axolotl_medusa.decoding.tree_chooser import TreeChooser
-from axolotl_medusa.terminal.chat import Answerer
 
 VOCABULARY = {"vocab_size": 300, "eos_token_id": None}
 

@@ -1,12 +1,13 @@
 """How rows are cut into chunks whose logits are computed together.
 
 Contract: knows numbers of rows and computes no loss. Students that learn from a teacher are cut where the teacher's rows are,
-so that a chunk of its distribution serves them all.
+so that a chunk of its distribution serves them all. Where output layers are divided among ranks, every chunk gathers one:
+all ranks then cut into equally many chunks, however many rows they have, or some would wait for others forever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,47 +48,61 @@ class Chunk(NamedTuple):
 
 
 def planned_chunks(
-    predictions: Sequence[Prediction], teacher: Teacher | None, chunk_rows: int | None = None
-) -> Iterator[Chunk]:
+    predictions: Sequence[Prediction],
+    teacher: Teacher | None,
+    chunk_rows: int | None = None,
+    *,
+    on_all_ranks: bool = False,
+) -> list[Chunk]:
     """Chunks of all predictions, at least one of each.
 
     Args:
         predictions: What is trained.
         teacher: The teacher of those that have `teacher_rows`.
         chunk_rows: Rows per chunk; without, as many as make `CHUNK_LOGITS`.
+        on_all_ranks: Whether all ranks, which must all call, get equally many chunks; the last ones of a rank that has fewer
+            rows than another are empty.
     """
     taught = {number: each.teacher_rows for number, each in enumerate(predictions) if each.teacher_rows is not None}
+    alone = [number for number, each in enumerate(predictions) if each.teacher_rows is None]
+    cut = [(predictions[number].hidden, [predictions[number].layer]) for number in alone]
     if taught and teacher is not None:
-        step = chunk_rows or _rows_that_fit(teacher.hidden.device, *(predictions[number].layer for number in taught))
-        yield from _chunks_of_teacher(taught, teacher.hidden, step)
-    for number, each in enumerate(predictions):
-        if each.teacher_rows is None:
-            step = chunk_rows or _rows_that_fit(each.hidden.device, each.layer)
-            for rows in _slices(each.hidden.shape[0], step):
-                yield Chunk([Part(number, rows)])
+        cut.append((teacher.hidden, [predictions[number].layer for number in taught]))
+    rows = [hidden.shape[0] for hidden, _ in cut]
+    steps = [chunk_rows or _rows_that_fit(hidden.device, layers) for hidden, layers in cut]
+    counts = [max(1, -(-number // step)) for number, step in zip(rows, steps, strict=True)]
+    if on_all_ranks and torch.distributed.is_initialized():
+        most = torch.tensor(counts, device=cut[0][0].device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        counts = most.tolist()
+    slices = [_slices(*each) for each in zip(rows, steps, counts, strict=True)]
+    chunks = (
+        [] if len(cut) == len(alone) or teacher is None else _chunks_of_teacher(taught, teacher.hidden, slices.pop())
+    )
+    return chunks + [Chunk([Part(number, own)]) for number, of in zip(alone, slices, strict=True) for own in of]
 
 
-def _chunks_of_teacher(taught: dict[int, Tensor], teacher_hidden: Tensor, step: int) -> Iterator[Chunk]:
+def _chunks_of_teacher(taught: dict[int, Tensor], teacher_hidden: Tensor, slices: Sequence[slice]) -> list[Chunk]:
     """Chunks of the teacher's rows with the rows of every prediction that need them; `taught`: teacher rows by prediction."""
-    chunks = list(_slices(teacher_hidden.shape[0], step))
-    edges = torch.tensor([0, *(chunk.stop for chunk in chunks)], device=teacher_hidden.device)
+    edges = torch.tensor([0, *(each.stop for each in slices)], device=teacher_hidden.device)
     cuts = {number: torch.searchsorted(wanted, edges).tolist() for number, wanted in taught.items()}
-    for place, chunk in enumerate(chunks):
+    chunks = []
+    for place, each in enumerate(slices):
         parts = []
         for number, wanted in taught.items():
             rows = slice(*cuts[number][place : place + 2])
-            is_all = rows.stop - rows.start == chunk.stop - chunk.start
-            parts.append(Part(number, rows, slice(None) if is_all else wanted[rows] - chunk.start))
-        yield Chunk(parts, chunk)
+            is_all = rows.stop - rows.start == each.stop - each.start
+            parts.append(Part(number, rows, slice(None) if is_all else wanted[rows] - each.start))
+        chunks.append(Chunk(parts, each))
+    return chunks
 
 
-def _slices(rows: int, step: int) -> Iterator[slice]:
-    """All rows in steps; one empty slice where there are none."""
-    for start in range(0, max(rows, 1), step):
-        yield slice(start, min(start + step, rows))
+def _slices(rows: int, step: int, count: int) -> list[slice]:
+    """So many slices, which hold all rows in steps; where rows end before the slices do, the last ones are empty."""
+    return [slice(min(start, rows), min(start + step, rows)) for start in range(0, count * step, step)]
 
 
-def _rows_that_fit(on: torch.device, *layers: OutputLayer) -> int:
+def _rows_that_fit(on: torch.device, layers: Sequence[OutputLayer]) -> int:
     """How many rows of logits a chunk holds."""
     logits = CHUNK_LOGITS if on.type == "cpu" else ACCELERATOR_CHUNK_LOGITS
     if any(layer.weight is None for layer in layers):

@@ -49,12 +49,13 @@ def chunked_loss(
         The loss with its gradient, scalar, and each prediction's sums.
     """
     losses = _ChunkedLosses(predictions, teacher)
-    chunks = list(planned_chunks(predictions, teacher, chunk_rows))
+    is_divided = not all(map(_is_whole, losses.parameters))
+    chunks = planned_chunks(predictions, teacher, chunk_rows, on_all_ranks=is_divided)
     hidden = [prediction.hidden for prediction in predictions]
     if not torch.is_grad_enabled() or not (losses.trained or any(rows.requires_grad for rows in hidden)):
         with torch.no_grad():
             loss = torch.stack([losses.plain(chunk, *losses.inputs(chunk)) for chunk in chunks]).sum()
-    elif recompute if recompute is not None else not all(map(_is_whole, losses.parameters)):
+    elif is_divided if recompute is None else recompute:
         loss = torch.stack(
             [
                 recomputed_in_backward(losses.plain, chunk, *losses.inputs(chunk), use_reentrant=False)

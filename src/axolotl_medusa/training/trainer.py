@@ -194,7 +194,8 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
     ) -> Any:
         """The objective's loss; in evaluation with the full coefficient and over the batch's own counts."""
         coefficient = self.medusa_cfg.medusa_heads_coefficient
-        if model.training:
+        is_training = self.model.training  # DeepSpeed's engine around it always says that it trains
+        if is_training:
             progress = self.state.global_step / max(1, self.state.max_steps)
             self._medusa_factor = scheduler_factor(*self._medusa_schedule, progress)
             coefficient *= self._medusa_factor
@@ -213,9 +214,9 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
             return_outputs=True,
             num_items_in_batch=num_items_in_batch,
         )
-        if model.training and not torch.isfinite(loss):
+        if is_training and not torch.isfinite(loss):
             raise nonfinite_loss(loss.item(), self.state.global_step + 1, self.model, self.args)
-        self._add_metrics("train" if model.training else "eval", outputs["metric_sums"])
+        self._add_metrics("train" if is_training else "eval", outputs["metric_sums"])
         return (loss, outputs) if return_outputs else loss
 
     def _add_metrics(self, split: str, sums: Tensor) -> None:
