@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from axolotl.integrations.base import BasePlugin
 
@@ -20,11 +21,23 @@ def _gloo_for_deepspeed(state: PartialState, *args: Any, **kwargs: Any) -> tuple
     return ("gloo" if backend is None and is_deepspeed else backend), kind
 
 
+_begin = AcceleratorState.__init__
+
+
+def _fsdp_on_cpus(state: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+    """Accelerate knows FSDP on accelerators only, and quietly makes it DDP on CPUs."""
+    _begin(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None and state.distributed_type == DistributedType.MULTI_CPU:
+        state.fsdp_plugin = fsdp_plugin
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
 PartialState._prepare_backend = _gloo_for_deepspeed
+AcceleratorState.__init__ = _fsdp_on_cpus
 
 
 class CpuRanksPlugin(BasePlugin):
-    """No device map, gloo between the processes, and for FSDP2 a mesh of CPUs."""
+    """No device map, gloo between the processes, and for FSDP2 a mesh of CPUs; importing it changes accelerate as said above."""
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         cfg.device_map = None

