@@ -212,7 +212,7 @@ def test_train_best_model_and_early_stopping_follow_the_acceptance_length(make_y
 
 
 def test_train_leaves_the_best_heads_and_their_card_has_their_evaluation(make_yaml, axolotl, tmp_path):
-    """A learning rate at which later steps are worse than the first ones."""
+    """The highest loss is called the best here, so that the first checkpoint is."""
     config = make_yaml(
         val_set_size=0.2,
         eval_sample_packing=True,
@@ -220,15 +220,15 @@ def test_train_leaves_the_best_heads_and_their_card_has_their_evaluation(make_ya
         eval_steps=2,
         save_steps=2,
         metric_for_best_model="eval_medusa0_loss",
-        greater_is_better=False,
+        greater_is_better=True,
         load_best_model_at_end=True,
-        learning_rate=5.0,
+        learning_rate=1e-2,
         max_steps=6,
     )
     axolotl("train", config)
     out = tmp_path / "out"
     losses = {entry["step"]: entry["eval_medusa0_loss"] for entry in log_history(out) if "eval_medusa0_loss" in entry}
-    best = min((step for step in losses if step), key=losses.__getitem__)
+    best = max((step for step in losses if step), key=losses.__getitem__)
     assert best < max(losses), losses
     measured = measured_in_training(out)
     assert (measured["step"], measured["medusa0_loss"]) == (best, losses[best])
