@@ -31,8 +31,8 @@ from parts.conversations import (
     write_from_scratch,
 )
 from parts.prompt_files import InputError, Row, check_rows, id_key, read_rows
+from parts.retrying_server_pool import ServerPool, Stopped
 from parts.secrets import without_secrets
-from parts.server_pool import ServerPool, Stopped
 
 DEFAULT_SERVER = "http://127.0.0.1:8000/v1"
 say = speaker(__file__)

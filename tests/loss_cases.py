@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from axolotl_medusa.losses.cross_entropy_and_kl import LossWeights
 from axolotl_medusa.losses.prediction import OutputLayer
-from axolotl_medusa.losses.reference import LossWeights
 
 ROWS, HIDDEN, VOCAB = 23, 6, 37
 

@@ -218,7 +218,7 @@ def test_installed_command_is_the_same_function():
 def test_parsing_needs_nothing_large():
     code = "import sys; from axolotl_medusa.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "axolotl_medusa.serving.formats" in loaded
+    assert "axolotl_medusa.serving.format_rules" in loaded
     assert not {"torch", "transformers", "safetensors", "axolotl", "peft", "huggingface_hub"} & set(loaded)
 
 

@@ -10,7 +10,7 @@ from docs import write_pages
 from docs.write_pages import MARKED, TABLES, table, with_tables
 
 from axolotl_medusa.cli import COMMANDS
-from axolotl_medusa.serving.formats import TARGETS
+from axolotl_medusa.serving.format_rules import TARGETS
 from axolotl_medusa.training.args import MedusaArgs
 from axolotl_medusa.training.renamed_keys import RENAMED_BY_AXOLOTL
 

@@ -47,7 +47,7 @@ STAYS_LIGHT = {
     "model.json_files",
     "model.secrets",
     "processor",
-    "serving.formats",
+    "serving.format_rules",
     "serving.model_card",
     "serving.push",
     "terminal.outputs",

@@ -30,8 +30,8 @@ from torch.nn import functional as F
 
 from axolotl_medusa.losses.chunked import chunked_loss
 from axolotl_medusa.losses.closed_form import fused_kernels_for
+from axolotl_medusa.losses.cross_entropy_and_kl import LossWeights
 from axolotl_medusa.losses.prediction import Teacher, matmul_dtype
-from axolotl_medusa.losses.reference import LossWeights
 
 CHUNK_ROWS = (128, 256, 512, 1024)
 """Chunks that `linear_cross_entropy` is tried with."""

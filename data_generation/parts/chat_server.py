@@ -1,6 +1,6 @@
 """One OpenAI-compatible server: which model it has, what it understands, and its whole answers.
 
-Asks once for each call; server_pool.py decides about trying again. Knows nothing about files. No credentials are ever
+Asks once for each call; retrying_server_pool.py decides about trying again. Knows nothing about files. No credentials are ever
 part of an error's text.
 """
 

@@ -15,7 +15,7 @@ from parts.chat_template import ChatTemplate
 from parts.command_line import flag, number
 from parts.conversation_rows import IGNORED_LABEL, format_turns
 from parts.prompt_files import Row, Turn
-from parts.server_pool import ServerPool
+from parts.retrying_server_pool import ServerPool
 
 USER_MAX_TOKENS = 512  # a longer user turn is no prompt; those cut here are not used
 THINK, END_THINK = "<think>", "</think>"

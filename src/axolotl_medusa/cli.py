@@ -37,7 +37,7 @@ class Command(NamedTuple):
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    from axolotl_medusa.serving.formats import TARGETS
+    from axolotl_medusa.serving.format_rules import TARGETS
 
     parser.add_argument("source", metavar="OUTPUT_DIR", help="an output_dir, a checkpoint in it, or a medusa_heads")
     parser.add_argument("--to", required=True, choices=list(TARGETS), metavar="TARGET", help=", ".join(TARGETS))

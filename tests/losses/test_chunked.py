@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from axolotl_medusa.losses import chunk_plan, closed_form, matmuls
 from axolotl_medusa.losses.chunk_plan import COPIES
 from axolotl_medusa.losses.chunked import chunked_loss
+from axolotl_medusa.losses.cross_entropy_and_kl import LossWeights, is_top_token, reference_loss, top_k_hits
 from axolotl_medusa.losses.prediction import Accuracies, OutputLayer, Prediction, Teacher
-from axolotl_medusa.losses.reference import LossWeights, is_top_token, reference_loss, top_k_hits
 
 
 class Case:

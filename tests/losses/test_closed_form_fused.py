@@ -15,7 +15,7 @@ import torch
 from axolotl_medusa.losses import closed_form
 from axolotl_medusa.losses.closed_form import gradient_in_place
 from axolotl_medusa.losses.prediction import Accuracies
-from axolotl_medusa.losses.reference import LossWeights
+from axolotl_medusa.losses.cross_entropy_and_kl import LossWeights
 
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):

@@ -8,9 +8,9 @@ from loss_cases import output_layer
 
 from axolotl_medusa.losses import chunk_plan, host_memory
 from axolotl_medusa.losses.chunked import chunked_loss
+from axolotl_medusa.losses.cross_entropy_and_kl import LossWeights
 from axolotl_medusa.losses.host_memory import _Pool
 from axolotl_medusa.losses.prediction import Prediction, Teacher
-from axolotl_medusa.losses.reference import LossWeights
 
 CPU = torch.device("cpu")
 SIZE = 2**20

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from training_outputs import EVAL_METRICS
 
-from axolotl_medusa.serving.formats import TARGETS
+from axolotl_medusa.serving.format_rules import TARGETS
 from axolotl_medusa.serving.model_card import measured_in_training, model_card, serve_command
 
 CONFIG = {"medusa_num_heads": 3, "medusa_num_layers": 1, "original_lm_head": True}

@@ -263,7 +263,7 @@ def test_nan_in_a_written_tensor_is_found(tmp_path):
 
 def test_every_target_has_a_loader_that_does_not_use_the_writers_names():
     import axolotl_medusa.serving.verify as module
-    from axolotl_medusa.serving.formats import TARGETS
+    from axolotl_medusa.serving.format_rules import TARGETS
 
     assert set(module._LOADERS) == set(TARGETS) == set(FORMS) == set(OWN_NAMES)
     assert not hasattr(module, "TARGETS")

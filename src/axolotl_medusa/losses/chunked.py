@@ -1,4 +1,4 @@
-"""Losses over a vocabulary, chunk of rows by chunk of rows: the fast equal of `reference.reference_loss`.
+"""Losses over a vocabulary, chunk of rows by chunk of rows: the fast equal of `cross_entropy_and_kl.reference_loss`.
 
 Contract: pure functions of tensors; values and gradients are those of `reference_loss`, which the tests hold them to.
 Nothing here holds logits of more than one chunk.
@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint as recomputed_in_backward  # nothi
 from axolotl_medusa.losses import matmuls
 from axolotl_medusa.losses.chunk_plan import Chunk, Part, planned_chunks
 from axolotl_medusa.losses.closed_form import TeacherProbabilities, gradient_in_place, teacher_probabilities
+from axolotl_medusa.losses.cross_entropy_and_kl import LossSums, is_top_token, reference_loss, top_k_hits
 from axolotl_medusa.losses.prediction import Prediction, Teacher
-from axolotl_medusa.losses.reference import LossSums, is_top_token, reference_loss, top_k_hits
 
 
 def chunked_loss(

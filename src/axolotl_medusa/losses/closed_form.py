@@ -1,6 +1,6 @@
 """Gradients of the losses over a vocabulary in closed form, written over the logits that they are of.
 
-Contract: pure functions of tensors; values and gradients are those of `reference.reference_loss`, which the tests hold them
+Contract: pure functions of tensors; values and gradients are those of `cross_entropy_and_kl.reference_loss`, which the tests hold them
 to. As there, p is the teacher's distribution and q the student's. Rows are worked on in blocks: on a CPU, whose passes over
 the same memory find it in the cache; elsewhere where copies are made.
 """
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from axolotl_medusa.losses.cross_entropy_and_kl import LossSums, LossWeights
 from axolotl_medusa.losses.prediction import Accuracies
-from axolotl_medusa.losses.reference import LossSums, LossWeights
 from axolotl_medusa.losses.targets import IGNORE_INDEX
 
 _BLOCK_BYTES = 2**25

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from axolotl_medusa.losses.reference import CROSS_ENTROPY, LossWeights
+from axolotl_medusa.losses.cross_entropy_and_kl import CROSS_ENTROPY, LossWeights
 from axolotl_medusa.processor import multiplies_bf16
 
 Project = Callable[[Tensor], Tensor]

@@ -27,7 +27,7 @@ from axolotl_medusa.model.tensor_files import (
     write_tensors,
     write_torch_file,
 )
-from axolotl_medusa.serving.formats import TARGETS, Target, plan, refusal, target_config
+from axolotl_medusa.serving.format_rules import TARGETS, Target, plan, refusal, target_config
 from axolotl_medusa.serving.model_card import measured_in_training, model_card, serve_command
 from axolotl_medusa.serving.served_model import (
     copy_generation_config,
@@ -60,7 +60,7 @@ def export(
 
     Args:
         source: The heads and their model, from `find_source`.
-        target: A name in `formats.TARGETS`.
+        target: A name in `format_rules.TARGETS`.
         out: The directory to write; new, empty, or with an earlier export, whose weights are replaced.
         model: `merged` writes the model that Medusa-2 trained into `out/merged_model`. Formats that keep the heads
             among the model's tensors hold it in any case.

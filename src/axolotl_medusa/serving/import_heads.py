@@ -21,7 +21,7 @@ from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.secrets import without_secrets
 from axolotl_medusa.model.sources import Source, text_value
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, write_json, write_tensors
-from axolotl_medusa.serving.formats import OUTPUT_LAYER, TORCH_HEADS_FILE, HeadTensor, parse
+from axolotl_medusa.serving.format_rules import OUTPUT_LAYER, TORCH_HEADS_FILE, HeadTensor, parse
 from axolotl_medusa.serving.served_model import lm_head
 
 

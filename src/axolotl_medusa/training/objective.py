@@ -26,7 +26,7 @@ A batch's way from the YAML to an optimizer step (modules are those of this fold
    - loss: `losses.chunked.chunked_loss` goes through all rows chunk by chunk. It computes a chunk's gradient while the
      chunk's logits are at hand (`losses.closed_form`), so the forward ends with gradients of the output layers and of
      their inputs. (Where parameters are sharded, the backward recomputes chunks instead.)
-     `losses.reference.reference_loss` is the same in plain PyTorch.
+     `losses.cross_entropy_and_kl.reference_loss` is the same in plain PyTorch.
    - metrics: sums that `MedusaTrainer.log` averages over a logging interval
 8. The backward hands those gradients on: to the output layers, through the heads' residual blocks, into the backbone.
 9. The optimizer steps after the last micro-batch. It is axolotl's; `MedusaTrainer.create_optimizer` gives the heads
@@ -59,8 +59,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from axolotl_medusa.losses.chunked import chunked_loss
+from axolotl_medusa.losses.cross_entropy_and_kl import LossSums, LossWeights
 from axolotl_medusa.losses.prediction import Accuracies, OutputLayer, Prediction, Teacher, matmul_dtype
-from axolotl_medusa.losses.reference import LossSums, LossWeights
 from axolotl_medusa.losses.targets import IGNORE_INDEX, medusa_targets
 from axolotl_medusa.model.anatomy import (
     backbone,

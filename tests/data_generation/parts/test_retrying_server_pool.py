@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from planned_server import DROP, SLOW, FakeServer, completion, fault
 
-from parts import server_pool
+from parts import retrying_server_pool
 from parts.chat_server import CHAT, ChatServer, RowError, ServerError
-from parts.server_pool import ServerPool, Stopped
+from parts.retrying_server_pool import ServerPool, Stopped
 
 
 async def nothing_to_prepare(server: ChatServer) -> None:
@@ -108,7 +108,7 @@ def test_server_that_fails_again_and_again_is_set_aside(server: FakeServer, seco
             await asyncio.gather(ask(pool, f"p{index}"), ask(pool, f"q{index}"))
 
     with_pool([server.url, second.url], use, say=said.append)
-    assert len(second.requests) == server_pool.FAILURES_TO_SET_ASIDE
+    assert len(second.requests) == retrying_server_pool.FAILURES_TO_SET_ASIDE
     assert len(said) == 1
 
 
@@ -175,8 +175,8 @@ def test_retry_after_keeps_requests_away_from_that_server_only(server: FakeServe
 def test_retry_after_is_waited_for(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     really_wait_for = asyncio.wait_for
-    now = server_pool.time.monotonic()
-    monkeypatch.setattr(server_pool.time, "monotonic", lambda: now)
+    now = retrying_server_pool.time.monotonic()
+    monkeypatch.setattr(retrying_server_pool.time, "monotonic", lambda: now)
 
     async def wait_for(awaitable: Any, timeout: float) -> Any:
         nonlocal now
@@ -185,7 +185,7 @@ def test_retry_after_is_waited_for(server: FakeServer, monkeypatch: pytest.Monke
         return await really_wait_for(awaitable, 0)
 
     async def use(pool: ServerPool) -> None:
-        monkeypatch.setattr(server_pool.asyncio, "wait_for", wait_for)
+        monkeypatch.setattr(retrying_server_pool.asyncio, "wait_for", wait_for)
         await ask(pool, "one")
 
     server.faults["one"] = [fault(429, Retry_After="77"), DROP, fault(429, Retry_After="soon")]
@@ -220,8 +220,8 @@ def test_stop_ends_what_waits_and_not_what_is_in_flight(server: FakeServer) -> N
 
 
 def test_backoff_doubles_with_jitter_up_to_its_cap() -> None:
-    for attempt, longest_s in [(0, 2.0), (1, 4.0), (3, 16.0), (50, server_pool.MAX_BACKOFF_S)]:
-        waits = [server_pool.backoff_wait_s(attempt, 2.0) for _ in range(100)]
+    for attempt, longest_s in [(0, 2.0), (1, 4.0), (3, 16.0), (50, retrying_server_pool.MAX_BACKOFF_S)]:
+        waits = [retrying_server_pool.backoff_wait_s(attempt, 2.0) for _ in range(100)]
         assert longest_s / 2 <= min(waits) < max(waits) <= longest_s
         # 100 uniform draws all fall into one half with a chance of 2 in 2**100.
         assert min(waits) < longest_s * 0.75 < max(waits)

@@ -7,7 +7,7 @@ import torch
 from loss_cases import ATOL, LOSSES, ROWS, RTOL, VOCAB
 from torch.nn import functional as F
 
-from axolotl_medusa.losses.reference import LossWeights, is_top_token, reference_loss, top_k_hits
+from axolotl_medusa.losses.cross_entropy_and_kl import LossWeights, is_top_token, reference_loss, top_k_hits
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -9,7 +9,7 @@ import pytest
 from axolotl_medusa.model.file_names import HEADS_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.model.heads_directory import heads_config
-from axolotl_medusa.serving.formats import (
+from axolotl_medusa.serving.format_rules import (
     OUTPUT_LAYER,
     TARGETS,
     HeadTensor,
