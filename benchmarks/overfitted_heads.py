@@ -54,7 +54,7 @@ def train(heads: MedusaHeads, hidden: Tensor, targets: Tensor, steps: int) -> fl
     for _ in range(steps):
         logits = torch.stack([heads.hidden(head, hidden) @ weight.T for head, weight in enumerate(rows)], 1)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
