@@ -14,7 +14,9 @@ from typing import Any
 
 def description(*packages: str) -> dict[str, Any]:
     """Processor, memory and versions, for a benchmark's JSON."""
-    from axolotl_medusa.processor import cpu_name  # vLLM's environment, where some benchmarks go, lacks the package
+    from axolotl_medusa.cpu_instructions import (
+        cpu_name,  # vLLM's environment, where some benchmarks go, lacks the package
+    )
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     processor = {"name": cpu_name(), "count": os.cpu_count(), "machine": platform.machine()}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from axolotl_process import log_history
 
+from axolotl_medusa.cpu_instructions import multiplies_bf16
 from axolotl_medusa.model.heads_directory import read_heads
-from axolotl_medusa.processor import multiplies_bf16
 
 pytestmark = pytest.mark.e2e
 

@@ -22,8 +22,8 @@ from example_files import (
     text_of,
 )
 
-from axolotl_medusa.training.problems import config_problems
 from axolotl_medusa.training.renamed_keys import renamed_key_hints
+from axolotl_medusa.training.yaml_problems import config_problems
 
 pytestmark = pytest.mark.usefixtures("no_network")
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from example_files import EXAMPLES, LORA, MEDUSA_1, README, SELF_DISTILLATION, STAGE_2, load, table_after
 
-from axolotl_medusa.training.problems import config_problems
+from axolotl_medusa.training.yaml_problems import config_problems
 
 pytestmark = pytest.mark.usefixtures("no_network")
 

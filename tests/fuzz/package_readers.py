@@ -40,8 +40,8 @@ from axolotl_medusa.serving.verify import verify_export
 from axolotl_medusa.terminal.prompts import read_prompts
 from axolotl_medusa.training.datasets import dataset_problems
 from axolotl_medusa.training.hidden_cache import HiddenCache
-from axolotl_medusa.training.problems import config_problems
 from axolotl_medusa.training.renamed_keys import renamed_key_hints
+from axolotl_medusa.training.yaml_problems import config_problems
 
 VOCAB, HIDDEN = 8, 4
 

@@ -10,7 +10,7 @@ from conftest import AXOLOTL_YAML
 from pydantic import ValidationError
 
 from axolotl_medusa.training.args import MedusaArgs, unknown_key_problems
-from axolotl_medusa.training.problems import config_problems
+from axolotl_medusa.training.yaml_problems import config_problems
 
 REQUIRED = object()
 DEFAULTS = {

@@ -10,7 +10,7 @@ import yaml
 from conftest import AXOLOTL_YAML, LORA, PLUGIN
 
 from axolotl_medusa.training.args import MedusaArgs
-from axolotl_medusa.training.problems import config_problems
+from axolotl_medusa.training.yaml_problems import config_problems
 
 RECIPES = {
     "medusa-1": {"medusa_num_heads": 5, "medusa_only_heads": True},

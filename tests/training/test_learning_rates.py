@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads, attached_heads
 from axolotl_medusa.training import trainer as trainer_module
-from axolotl_medusa.training.problems import config_problems
 from axolotl_medusa.training.trainer import MedusaTrainer
+from axolotl_medusa.training.yaml_problems import config_problems
 
 RATE, MULTIPLIER = 1e-3, 4.0
 _TRAINING_ARGUMENTS = (

@@ -8,7 +8,7 @@ import pytest
 from conftest import AXOLOTL_YAML
 
 from axolotl_medusa.training.named_files import heads_directory
-from axolotl_medusa.training.problems import config_problems
+from axolotl_medusa.training.yaml_problems import config_problems
 
 
 def problems(**keys) -> list[str]:

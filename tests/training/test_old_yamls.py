@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from example_files import LORA, OLD_YAMLS, known_keys, old_yaml, table_after, with_hints_applied
 
-from axolotl_medusa.training.problems import config_problems
 from axolotl_medusa.training.renamed_keys import RENAMED_BY_AXOLOTL, renamed_key_hints
+from axolotl_medusa.training.yaml_problems import config_problems
 
 pytestmark = pytest.mark.usefixtures("no_network")
 

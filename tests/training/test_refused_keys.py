@@ -9,8 +9,8 @@ import pytest
 from conftest import AXOLOTL_YAML, PLUGIN
 
 from axolotl_medusa import training
-from axolotl_medusa.training.problems import config_problems
 from axolotl_medusa.training.refused_keys import REFUSED_KEYS, REFUSED_PLUGINS, REFUSED_WITH_A_FROZEN_BACKBONE
+from axolotl_medusa.training.yaml_problems import config_problems
 
 
 def problems(**keys) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import AXOLOTL_YAML
 
-from axolotl_medusa.training.problems import config_problems
 from axolotl_medusa.training.renamed_keys import RENAMED_BY_AXOLOTL, renamed_key_hints
+from axolotl_medusa.training.yaml_problems import config_problems
 
 
 def problems(**keys) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from axolotl_medusa.processor import multiplies_bf16
+from axolotl_medusa.cpu_instructions import multiplies_bf16
 
 LOG = logging.getLogger(__name__)
 

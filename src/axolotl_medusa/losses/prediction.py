@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from axolotl_medusa.cpu_instructions import multiplies_bf16
 from axolotl_medusa.losses.cross_entropy_and_kl import CROSS_ENTROPY, LossWeights
-from axolotl_medusa.processor import multiplies_bf16
 
 Project = Callable[[Tensor], Tensor]
 """Maps hidden rows `[rows, hidden]` to logits `[rows, vocab]`."""

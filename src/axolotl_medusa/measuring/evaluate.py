@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from axolotl_medusa.cpu_instructions import cpu_name
 from axolotl_medusa.decoding.loop import GenerationStats, check_prompts
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.plain import PlainDecoding
@@ -25,7 +26,6 @@ from axolotl_medusa.measuring.calibration import TOP_K, HeadRanks, head_ranks
 from axolotl_medusa.measuring.step_times import timed
 from axolotl_medusa.model.anatomy import causal_lm
 from axolotl_medusa.model.heads_directory import package_version
-from axolotl_medusa.processor import cpu_name
 
 PLAIN = "plain"
 """The baseline's name among decoders."""

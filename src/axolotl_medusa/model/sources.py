@@ -17,8 +17,8 @@ from axolotl_medusa.model.checkpoints import checkpoints
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE
 from axolotl_medusa.model.heads import HeadForm
 from axolotl_medusa.model.heads_directory import open_heads
-from axolotl_medusa.model.inside import stays_inside
 from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.safe_paths import stays_inside
 from axolotl_medusa.model.tensor_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, TensorFiles
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"

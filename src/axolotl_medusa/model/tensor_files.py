@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from axolotl_medusa.model.inside import stays_inside
 from axolotl_medusa.model.json_files import parse_json, read_json
+from axolotl_medusa.model.safe_paths import stays_inside
 from axolotl_medusa.model.torch_files import DAMAGE, check_torch_file
 
 SAFETENSORS_FILE = "model.safetensors"

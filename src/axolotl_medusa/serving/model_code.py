@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_medusa.model.file_names import CONFIG_FILE
-from axolotl_medusa.model.inside import stays_inside
 from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.safe_paths import stays_inside
 
 _CONFIGS = (CONFIG_FILE, "tokenizer_config.json")
 _MODULE = re.compile(r"\w+(\.\w+)*")

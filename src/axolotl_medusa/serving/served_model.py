@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from axolotl_medusa.model.inside import stays_inside
 from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.safe_paths import stays_inside
 from axolotl_medusa.model.sources import Source
 from axolotl_medusa.model.stored_embeddings import StoredEmbeddings, module_of, stored_embeddings, text_config
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles

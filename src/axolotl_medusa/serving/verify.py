@@ -19,8 +19,8 @@ from torch.nn.functional import linear, silu
 
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.heads import MedusaHeads
-from axolotl_medusa.model.inside import stays_inside
 from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.safe_paths import stays_inside
 from axolotl_medusa.model.torch_files import DAMAGE, check_torch_file
 
 _ROWS = 16

@@ -6,7 +6,7 @@ the forward of the wrapped model because that is where DDP, FSDP and ZeRO-3 gath
 A batch's way from the YAML to an optimizer step (modules are those of this folder, unless a room stands before them):
 
 1. The YAML. `args.MedusaArgs` has every `medusa_*` key with its default and bounds. `plugin.MedusaPlugin.register` stops
-   with all contradictions that `problems.config_problems` finds, before anything is loaded.
+   with all contradictions that `yaml_problems.config_problems` finds, before anything is loaded.
 2. The data. axolotl masks, tokenises and packs it. `MedusaPlugin.load_datasets` only stops at files without an answer to
    learn from (`datasets.dataset_problems`). axolotl's collator makes the batches: `input_ids`, `labels` that are -100
    where nothing is learnt, and `position_ids` that start again at each packed sample.

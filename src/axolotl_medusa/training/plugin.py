@@ -19,11 +19,11 @@ from axolotl_medusa.model.heads_directory import acting_output_layer, load_into,
 from axolotl_medusa.training.datasets import dataset_problems
 from axolotl_medusa.training.named_files import heads_directory
 from axolotl_medusa.training.objective import install_objective
-from axolotl_medusa.training.problems import config_problems
 from axolotl_medusa.training.renamed_keys import renamed_key_hints
 from axolotl_medusa.training.stopping import stop
 from axolotl_medusa.training.trainable import heads_dtype
 from axolotl_medusa.training.trainer import MedusaTrainer, objective_of
+from axolotl_medusa.training.yaml_problems import config_problems
 
 LOG = get_logger(__name__)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from axolotl_medusa.model.inside import stays_inside
+from axolotl_medusa.model.safe_paths import stays_inside
 from axolotl_medusa.model.tensor_files import SAFETENSORS_INDEX, TensorFiles
 
 

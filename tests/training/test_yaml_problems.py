@@ -7,9 +7,9 @@ import math
 import pytest
 from conftest import AXOLOTL_YAML, LORA
 
-from axolotl_medusa.training.problems import config_problems
 from axolotl_medusa.training.renamed_keys import renamed_key_hints
 from axolotl_medusa.training.schedule import parse_schedule
+from axolotl_medusa.training.yaml_problems import config_problems
 
 
 def problems(**keys) -> list[str]:
