@@ -14,7 +14,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def test_cpu_name_is_the_first_that_linux_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu_instructions, "_CPUINFO", tmp_path / "cpuinfo")
     assert cpu_instructions.cpu_name() is None
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU: 2\nmodel name\t: Other\n")
     assert cpu_instructions.cpu_name() == "Some CPU: 2"

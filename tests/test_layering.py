@@ -24,7 +24,7 @@ MAY_IMPORT = {
 }
 """What the modules of a room may import of ours, inside functions too: their own room and these."""
 
-FOR_ALL = {"errors", "processor"}
+FOR_ALL = {"errors", "cpu_instructions"}
 """Modules beside the rooms that know nothing of ours; every room may import them."""
 
 USES_AXOLOTL = {"training.loading", "training.plugin", "training.saving", "training.trainable", "training.trainer"}
@@ -46,7 +46,7 @@ STAYS_LIGHT = {
     "model.safe_paths",
     "model.json_files",
     "model.secrets",
-    "processor",
+    "cpu_instructions",
     "serving.format_rules",
     "serving.model_card",
     "serving.push",
