@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from training_outputs import as_torch_files, write_run
 from transformers import AutoModelForCausalLM
 
+from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.model.sources import find_source
 from axolotl_medusa.model.tensor_files import TensorFiles
 from axolotl_medusa.serving import export as export_module
@@ -167,6 +168,20 @@ def test_lorax_gets_adapter_and_heads_in_one_directory(tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["version"] == "2" and config["base_model_name_or_path"] == str(tmp_path / "base")
     PeftModel.from_pretrained(make_model(), tmp_path / "out")  # adapter_config.json belongs to it
+
+
+def test_export_for_lorax_is_decoded_and_exported_again_with_its_adapter(tmp_path):
+    source, out = trained(tmp_path, "medusa-2", adapter=LORA), tmp_path / "out"
+    export(source, "lorax", out)
+    tokens = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        own, found = (MedusaModel.from_pretrained(heads).base_model(tokens).logits for heads in (tmp_path / "run", out))
+    assert torch.equal(found, own)
+    refused(find_source(out), "tgi", tmp_path / "again", "found heads trained with the adapter in .*/out")
+    for name, heads in (("expected", source), ("again", find_source(out))):
+        export(heads, "lorax", tmp_path / name, model="merged")
+    expected, again = (TensorFiles.open(tmp_path / name / "merged_model") for name in ("expected", "again"))
+    assert all(torch.equal(expected.load(name), again.load(name)) for name in expected)
 
 
 def test_tied_embedding_is_the_shared_output_layer(tmp_path):

@@ -143,11 +143,12 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
     """Finds the heads and their model.
 
     With an output_dir or a checkpoint, `base_model` is the model that the run started from: what its adapter is merged
-    into. With a canonical directory, `base_model` is the model that the heads will be served with, as it is. Without
-    `base_model`, the `medusa_heads` of a Medusa-2 run are read together with the run's directory around them.
+    into. With a canonical directory, `base_model` is the model that the heads will be served with, as it is; an adapter
+    that lies beside the heads, as in an export for LoRAX, belongs on it. Without `base_model`, the `medusa_heads` of a
+    Medusa-2 run are read together with the run's directory around them.
 
     Args:
-        path: A canonical directory, an output_dir of any recipe, or a checkpoint in one.
+        path: A canonical directory, an output_dir of any recipe, a checkpoint in one, or an export with canonical heads.
         base_model: Directory or Hub name of the base model; by default what training wrote down.
 
     Returns:
@@ -161,12 +162,17 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
     if (heads_dir / META_FILE).is_file():
         meta = read_json(heads_dir / META_FILE)
     _verify(heads_dir, config)
-    alone = output_dir is None
+    alone, is_export = output_dir is None, "export" in meta
     # An export names the model that it is served with; what training wrote names the one that it started from.
-    has_trained_model = meta.get("recipe") == "medusa-2" and "export" not in meta
-    if alone and has_trained_model and base_model is None and heads_dir.resolve().name == HEADS_FOLDER:
-        output_dir = heads_dir.resolve().parent
-    adapter_dir, full_model_dir = (None, None) if output_dir is None else trained_model(output_dir, meta)
+    has_trained_model = meta.get("recipe") == "medusa-2" and not is_export
+    adapter_dir, full_model_dir = _adapter_beside(heads_dir, meta, base_model) if alone else None, None
+    if alone and base_model is None and adapter_dir is None and not is_export:
+        if meta.get("recipe") == "medusa-1":
+            adapter_dir, _ = trained_model(heads_dir, meta)
+        elif has_trained_model and heads_dir.resolve().name == HEADS_FOLDER:
+            output_dir = heads_dir.resolve().parent
+    if output_dir is not None:
+        adapter_dir, full_model_dir = trained_model(output_dir, meta)
     if has_trained_model and adapter_dir is None and full_model_dir is None and not (alone and base_model):
         raise ValueError(_missing_model(output_dir or heads_dir))
     named = base_model or text_value(config, "base_model_name_or_path", heads_dir / CONFIG_FILE)
@@ -174,6 +180,23 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
         file = adapter_dir / ADAPTER_CONFIG_FILE
         named = text_value(read_json(file), "base_model_name_or_path", file)
     return Source(heads_dir, config, meta, named, adapter_dir, full_model_dir, output_dir)
+
+
+def _adapter_beside(heads_dir: Path, meta: Mapping[str, Any], base_model: str | None) -> Path | None:
+    """The directory of heads that stand alone, where an adapter lies in it too.
+
+    Raises:
+        ValueError: They were exported with an adapter, which is gone, and nobody says which model has it merged.
+    """
+    if (heads_dir / ADAPTER_CONFIG_FILE).is_file():
+        return heads_dir
+    exported = meta.get("export")
+    if base_model is None and isinstance(exported, dict) and exported.get("adapter"):
+        raise ValueError(
+            f"{heads_dir} has no {ADAPTER_CONFIG_FILE}, but was exported with an adapter: complete the directory, or name the "
+            "model with the adapter merged as --base-model"
+        )
+    return None
 
 
 def adapter_file(adapter_dir: Path) -> Path:

@@ -74,12 +74,13 @@ def export(
     served = served_config(source)
     merged = model == "merged" and format_.file is not None
     _check(source, format_, served, out, merged=merged)
-    _prepare(source, format_, out)
+    adapter = _unmerged_adapter(source, format_, merged=merged)
+    _prepare(source, format_, out, with_adapter=adapter is not None)
     base_model = _served_model(source, format_, out, merged=merged)
     if merged:
         _write_model(source, out / MERGED_FOLDER)
     _write_heads(source, format_, served, out, base_model)
-    if adapter := _unmerged_adapter(source, format_, merged=merged):
+    if adapter is not None:
         _copy_adapter(adapter, out)
     copy_tokenizer(source, out)
     num_heads = source.config["medusa_num_heads"]
@@ -174,7 +175,7 @@ def _match(trained: Tensor, served: Tensor, dtype: torch.dtype, source: Source) 
     return True
 
 
-def _prepare(source: Source, target: Target, out: Path) -> None:
+def _prepare(source: Source, target: Target, out: Path, *, with_adapter: bool) -> None:
     """Makes the directory, or takes an earlier export's weights out of it, and marks it as an export."""
     own = (source.heads_dir, source.output_dir, source.adapter_dir, source.model_dir())
     for directory in (directory.resolve() for directory in own if directory is not None):
@@ -190,7 +191,8 @@ def _prepare(source: Source, target: Target, out: Path) -> None:
             for file in [file for pattern in _WRITTEN for file in folder.glob(pattern)]:
                 file.unlink()
     out.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {**without_secrets(source.meta), "export": {"target": target.name, "config": source.config}})
+    exported = {"target": target.name, "config": source.config, "adapter": with_adapter}
+    write_json(marker, {**without_secrets(source.meta), "export": exported})
 
 
 def _served_model(source: Source, target: Target, out: Path, *, merged: bool) -> str:
