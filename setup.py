@@ -42,7 +42,7 @@ setup(
         "data": ["aiohttp", "jinja2", "tqdm", "ijson", "zstandard", "pyarrow", "datasets"],
         # `axolotl-medusa evaluate --plots` and models in 8-bit or 4-bit.
         "plots": ["matplotlib"],
-        "quantized": ["bitsandbytes"],
+        "quantized": ["accelerate", "bitsandbytes"],
         "dev": [
             "build",
             "hypothesis",

@@ -35,6 +35,7 @@ INSTALLED = {"pydantic", "safetensors", "torch", "transformers"}
 """What `install_requires` brings; anything else must be imported where it is used."""
 
 STAYS_LIGHT = {
+    "decoding.library_errors",
     "decoding.tree",
     "decoding.tree_chooser",
     "errors",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import types
 
 import pytest
 import torch
@@ -342,3 +343,11 @@ def test_missing_bitsandbytes_is_one_line(runs, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     printed = run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--load-in-8bit", status=1)
     assert printed.err.splitlines()[-1].endswith("8-bit and 4-bit models need bitsandbytes: pip install bitsandbytes")
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "accelerate"])
+def test_missing_package_of_quantized_models_is_one_line(package, runs, capsys, monkeypatch):
+    for name in ("bitsandbytes", "accelerate"):
+        monkeypatch.setitem(sys.modules, name, None if name == package else types.ModuleType(name))
+    printed = run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--load-in-8bit", status=1)
+    assert printed.err.splitlines()[-1].endswith(f"8-bit and 4-bit models need {package}: pip install {package}")

@@ -5,15 +5,16 @@ Contract: knows files and loaders; nothing about decoding.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from axolotl_medusa.decoding.default_dtype import dtype_here
-from axolotl_medusa.decoding.load_target import OwnCodeError, explained_code
+from axolotl_medusa.decoding.library_errors import one_line_for
+from axolotl_medusa.decoding.load_target import NO_MODEL
 from axolotl_medusa.decoding.medusa_model import MedusaModel
-from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.sources import find_source
 
 DTYPES: dict[str, torch.dtype | str] = {
@@ -46,7 +47,7 @@ def load_decoder(
 
     Raises:
         ValueError: There are no heads, model or tokenizer, they do not belong together, or both options are set.
-        RuntimeError: bitsandbytes is missing.
+        RuntimeError: A package that the model, the tokenizer or the quantization needs is missing.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     device = "cuda" if torch.cuda.is_available() else None
@@ -73,17 +74,13 @@ def load_tokenizer(heads: str | Path, base_model: str | None = None, *, trust_re
     source = find_source(heads, base_model)
     files = source.tokenizer_files()
     directory = files[0].parent if files else source.model_dir()
-    try:
-        # The heads' own config.json says nothing about the tokenizer, and makes transformers warn.
-        with explained_code(source.model_dir()):
-            config = AutoConfig.from_pretrained(source.model_dir(), trust_remote_code=trust_remote_code)
-        with explained_code(directory):
-            return AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=trust_remote_code)
-    except OwnCodeError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        raise ValueError(f"{directory} has no tokenizer that can be loaded: {reason}") from error
+    # The heads' own config.json says nothing about the tokenizer, and makes transformers warn.
+    with one_line_for(source.model_dir(), NO_MODEL):
+        config = AutoConfig.from_pretrained(source.model_dir(), trust_remote_code=trust_remote_code)
+    with one_line_for(directory, "has no tokenizer that can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=trust_remote_code)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some settings are only read here
+    return tokenizer
 
 
 def load_original(
@@ -118,24 +115,20 @@ def load_original(
         original = source.config.get("base_model_name_or_path")
     if original is None:
         raise ValueError(f"{source.heads_dir} does not say which model training started from: name it with --original")
-    options = {"dtype": dtype_here("auto", original, device), "trust_remote_code": trust_remote_code}
-    try:
-        with explained_code(original):
-            return AutoModelForCausalLM.from_pretrained(original, **options).to(device).eval()
-    except (OSError, KeyError) as error:
-        reason = first_line(error)
-        raise ValueError(
-            f"the original model {original} cannot be loaded: {reason}: name it with --original"
-        ) from error
+    with one_line_for(f"the original model {original}", "cannot be loaded", "name it with --original"):
+        dtype = dtype_here("auto", original, device)
+        model = AutoModelForCausalLM.from_pretrained(original, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.to(device).eval()
 
 
 def _quantization(load_in_8bit: bool, load_in_4bit: bool) -> Any:
     if load_in_8bit and load_in_4bit:
         raise ValueError("both 8-bit and 4-bit are asked for, expected one: leave --load-in-8bit or --load-in-4bit out")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError("8-bit and 4-bit models need bitsandbytes: pip install bitsandbytes") from error
+    for package in ("bitsandbytes", "accelerate"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise RuntimeError(f"8-bit and 4-bit models need {package}: pip install {package}") from error
     from transformers import BitsAndBytesConfig
 
     if load_in_8bit:
