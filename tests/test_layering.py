@@ -48,6 +48,7 @@ STAYS_LIGHT = {
     "model.json_files",
     "model.secrets",
     "cpu_instructions",
+    "serving.export_files",
     "serving.format_rules",
     "serving.model_card",
     "serving.push",

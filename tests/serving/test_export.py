@@ -329,6 +329,45 @@ def test_interrupted_export_can_be_repeated(tmp_path, monkeypatch):
     assert (out / "medusa_lm_head.safetensors").is_file()
 
 
+def test_what_an_interrupted_export_left_is_taken_away(tmp_path):
+    source, out = trained(tmp_path, "medusa-2"), tmp_path / "out"
+    export(source, "tgi", out, model="merged")
+    left = [
+        "model.safetensors.0f3a.part",
+        "config.json.part",
+        "medusa_meta.json.9e.part",
+        "merged_model/config.json.1d.part",
+    ]
+    mine = ["film.part", "model.safetensors.zz.part", "merged_model/data.0f.part"]
+    for name in (*left, *mine):
+        (out / name).write_text("half")
+    export(source, "tgi", out, model="merged")
+    assert {str(path.relative_to(out)) for path in out.rglob("*.part")} == set(mine)
+
+
+@pytest.mark.parametrize("target", ["vllm", "rtp-llm"])
+def test_tokenizer_and_code_of_the_model_before_are_taken_away_and_the_users_are_left(target, tmp_path):
+    source, out = trained(tmp_path, "medusa-2"), tmp_path / "out"
+    run = tmp_path / "run"
+    edit_json(run / "config.json", auto_map={"AutoConfig": "own.modeling.Own"})
+    (run / "own").mkdir()
+    (run / "own" / "modeling.py").write_text("")
+    (run / "generation_config.json").write_text("{}")
+    (source.heads_dir / "vocab.txt").write_text("a")
+    export(source, target, out, model="merged")
+    stale = {"vocab.txt", "generation_config.json", "modeling.py"}
+    assert stale <= {path.name for path in out.rglob("*")}
+    mine = ["merges.txt", "own.py", "optimizer.pt", "mine.safetensors", "tokenizer_notes.md"]
+    for name in mine:
+        (out / name).write_text("mine")
+    edit_json(run / "config.json", auto_map=None)
+    (run / "generation_config.json").unlink()
+    (source.heads_dir / "vocab.txt").unlink()
+    export(find_source(run), target, out, verify=False)
+    assert not stale & {path.name for path in out.rglob("*")}
+    assert all((out / name).read_text() == "mine" for name in mine) and (out / "tokenizer.json").is_file()
+
+
 MEASURE = """
 import re, sys
 from pathlib import Path

@@ -14,26 +14,22 @@ from reprlib import repr as shorten
 from typing import Any, Literal
 
 from axolotl_medusa.model.checkpoints import checkpoints
-from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE
+from axolotl_medusa.model.file_names import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    HEADS_FILE,
+    HEADS_FOLDER,
+    META_FILE,
+    TOKENIZER_FILES,
+)
 from axolotl_medusa.model.heads import HeadForm
 from axolotl_medusa.model.heads_directory import open_heads
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.safe_paths import stays_inside
 from axolotl_medusa.model.tensor_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, TensorFiles
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-
 _FULL_MODEL_FILES = (SAFETENSORS_INDEX, SAFETENSORS_FILE, "pytorch_model.bin.index.json", "pytorch_model.bin")
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.*",
-)
 _LONGEST_TEXT = 1000
 """Characters of a name or path."""
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")
@@ -133,7 +129,7 @@ class Source:
         base = Path(self.base_model).expanduser() if self.base_model else None
         for directory in (self.heads_dir, self.output_dir, self.full_model_dir, base):
             if directory is not None and directory.is_dir():
-                named = {path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
+                named = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
                 if found := sorted(path for path in named if path.suffix != ".py" and stays_inside(path, directory)):
                     return found
         return []
@@ -205,12 +201,10 @@ def adapter_file(adapter_dir: Path) -> Path:
     Raises:
         ValueError: It is missing.
     """
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    for name in (ADAPTER_FILE, "adapter_model.bin"):
         if (adapter_dir / name).is_file():
             return adapter_dir / name
-    raise ValueError(
-        f"{adapter_dir} has no adapter_model.safetensors beside its {ADAPTER_CONFIG_FILE}: complete the directory"
-    )
+    raise ValueError(f"{adapter_dir} has no {ADAPTER_FILE} beside its {ADAPTER_CONFIG_FILE}: complete the directory")
 
 
 def text_value(config: Mapping[str, Any], key: str, where: object) -> str | None:

@@ -15,12 +15,11 @@ from torch import nn
 
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.divided_parameters import fill, gathered, whole_shape
-from axolotl_medusa.model.file_names import HEADS_FOLDER
+from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE, HEADS_FOLDER
 from axolotl_medusa.model.heads import HEADS_NAME
 from axolotl_medusa.model.heads_directory import load_into, open_heads
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.sources import (
-    ADAPTER_CONFIG_FILE,
     NoHeadsError,
     Source,
     adapter_file,
