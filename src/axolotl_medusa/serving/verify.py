@@ -217,14 +217,14 @@ def _in_model_files(
 
     def load(directory: Path) -> Iterator[_Head]:
         num_heads, num_layers = counts(_config(directory))
-        files = _checkpoint(directory)
+        files = _model_files(directory)
         for i in range(num_heads):
             yield _numbered(files, i, num_layers, prefix)
 
     return load
 
 
-def _checkpoint(directory: Path) -> _Files:
+def _model_files(directory: Path) -> _Files:
     """A model as transformers opens it: the index says which files."""
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
