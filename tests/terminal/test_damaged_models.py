@@ -121,7 +121,7 @@ def test_every_command_that_decodes_says_so(command, model, capsys):
 
 def test_damaged_original_is_one_line(model, capsys):
     shutil.copytree(model / "base", model / "original")
-    (model / "original" / "config.json").write_text("[1]")
+    edit_json(model / "original" / "config.json", hidden_size="x")
     arguments = ["evaluate", model / "run", "--prompts", model / "prompts.jsonl", "--original", model / "original"]
     arguments += ["--held-out", model / "prompts.jsonl", "--max-new-tokens", 2]
     assert main([*map(str, arguments)]) == 1

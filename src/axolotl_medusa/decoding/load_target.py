@@ -65,7 +65,7 @@ def load_target(
     _check_hash(source, stored.load, str(directory))
     with one_line_for(directory, NO_MODEL):
         dtype = dtype_here(dtype, directory, device, stored.dtype, **load_options)
-    return _load(source, directory, dtype, device, load_options), file
+    return load_model(source, directory, dtype, device, load_options), file
 
 
 def check_sizes(model: nn.Module, heads: MedusaHeads) -> None:
@@ -122,13 +122,19 @@ def _trained_types(stored: torch.dtype, heads_dtype: str | None) -> list[tuple[t
     return [(), *sorted(ways, key=lambda way: way[-1] != named)]
 
 
-def _load(
+def load_model(
     source: Source,
     directory: Path,
     dtype: torch.dtype | str,
     device: torch.device | str | None,
     load_options: dict[str, Any],
 ) -> nn.Module:
+    """Loads a model from its directory, and the source's adapter unmerged on it if there is one.
+
+    Raises:
+        ValueError: Files are damaged.
+        RuntimeError: A package is missing.
+    """
     from transformers import AutoModelForCausalLM
 
     load_options.setdefault("trust_remote_code", False)

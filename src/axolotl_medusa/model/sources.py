@@ -105,7 +105,8 @@ class Source:
         """The base model's files from the Hub, its weights in one form; looked up once."""
         from huggingface_hub import snapshot_download
 
-        revision = yaml_value(self.meta, "revision_of_model")
+        trained_on = yaml_value(self.meta, "base_model") in (None, self.base_model)
+        revision = yaml_value(self.meta, "revision_of_model") if trained_on else None
         directory = Path()
         try:
             for patterns in (_DOWNLOADED, (*_DOWNLOADED, _TORCH_WEIGHTS)):
