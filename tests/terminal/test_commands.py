@@ -289,6 +289,25 @@ def test_tree_beside_the_heads_is_considered(runs, capsys, tmp_path, monkeypatch
     assert begun == [pytest.approx(1.9)]
 
 
+def test_paths_of_a_home_directory_are_those_of_their_owner(runs, capsys, tmp_path, monkeypatch):
+    """Shells leave `~` as it is behind `=`, and Python has no shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs / "medusa-1", tmp_path / "run")
+    for name in ("prompts.jsonl", "held_out.jsonl"):
+        shutil.copyfile(runs / name, tmp_path / name)
+    tree = Tree(((0,), (1,), (2,)))
+    write_tree("~/run/tree.json", tree, expected_acceptance_length=1.9)
+    assert MedusaModel.from_pretrained("~/run")._tuned == {tree: 1.9}
+    run(
+        capsys, "evaluate", "~/run", "--prompts=~/prompts.jsonl", "--limit=1", "--max-new-tokens=2", "--json=~/a.json",
+        "--tree=~/run/tree.json", "--held-out=~/held_out.jsonl", f"--original={runs / 'base'}",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "a.json").read_text())["overall"]["prompts"] == 1
+    run(capsys, "export", "~/run", "--to=vllm", "--out=~/out")
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "~").exists()
+
+
 def test_generate_with_an_adapter_is_the_adapted_models_answer(runs, capsys):
     one, other = (
         run(capsys, "generate", runs / name, "--prompt", "Hi", "--max-new-tokens", 20).out

@@ -91,7 +91,7 @@ class MedusaModel:
         """
         model, file = load_target(heads, base_model, dtype, device, **load_options)
         medusa = cls(model, file.as_heads())
-        medusa._tuned = tuned_trees(Path(heads), medusa.heads.num_heads, medusa.heads.vocab_size)
+        medusa._tuned = tuned_trees(Path(heads).expanduser(), medusa.heads.num_heads, medusa.heads.vocab_size)
         return medusa
 
     @property

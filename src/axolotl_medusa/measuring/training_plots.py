@@ -50,7 +50,7 @@ def write_training_plots(output_dir: str | Path, directory: str | Path) -> list[
             f"{state} has no losses of heads: train with logging_steps set and without medusa_logging: false"
         )
     check_plots(directory, TRAINING_PLOTS)
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
 
     def draw(axes: Any, name: str) -> None:
@@ -68,7 +68,7 @@ def trainer_state(output_dir: str | Path) -> Path:
     Raises:
         ValueError: There is none.
     """
-    directory = Path(output_dir)
+    directory = Path(output_dir).expanduser()
     if (directory / _STATE).is_file():
         return directory / _STATE
     found = checkpoints(directory, _STATE)

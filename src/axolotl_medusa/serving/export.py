@@ -71,7 +71,7 @@ def export(
         ValueError: The target cannot express the heads, and nothing was written; or what was written serves other logits,
             and stays for inspection.
     """
-    out, format_ = Path(out), _target(target)
+    out, format_ = Path(out).expanduser(), _target(target)
     served = served_config(source)
     merged = model == "merged" and format_.file is not None
     _check(source, format_, served, out, merged=merged)

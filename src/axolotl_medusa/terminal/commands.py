@@ -78,7 +78,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 def _write_report(report: Mapping[str, Any], path: str | None) -> None:
     if path:
-        Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        Path(path).expanduser().write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _step_times(model: MedusaModel, prompts: list[PromptTokens], compile: bool) -> StepTimes:

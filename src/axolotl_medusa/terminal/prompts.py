@@ -53,7 +53,7 @@ def read_prompts(file: str | Path, limit: int | None = None) -> list[Prompt]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, expected at least 1")
     try:
-        with Path(file).open(encoding="utf-8") as lines:
+        with Path(file).expanduser().open(encoding="utf-8") as lines:
             prompts = list(islice(_rows(file, lines), MAX_PROMPTS + 1 if limit is None else limit))
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}): expected a JSONL file of prompts") from error
