@@ -125,10 +125,14 @@ def test_missing_directory_is_not_pushed(hub, tmp_path):
     assert hub.asked == []
 
 
-def test_unfinished_export_is_not_pushed(hub, exported):
+@pytest.mark.parametrize("part", [".part", ".0a1b.part"])
+def test_unfinished_export_is_not_pushed(part, hub, exported):
     (exported / "merged_model").mkdir()
-    (exported / "merged_model" / "model.safetensors.part").touch()
-    with pytest.raises(ValueError, match=r"model\.safetensors\.part is half a file"):
+    (exported / "film.part").touch()
+    push(exported, "me/heads")
+    hub.asked.clear()
+    (exported / "merged_model" / f"model.safetensors{part}").touch()
+    with pytest.raises(ValueError, match=r"model\.safetensors.*\.part is half a file"):
         push(exported, "me/heads")
     assert hub.asked == []
 

@@ -162,7 +162,8 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
     alone, is_export = output_dir is None, "export" in meta
     # An export names the model that it is served with; what training wrote names the one that it started from.
     has_trained_model = meta.get("recipe") == "medusa-2" and not is_export
-    adapter_dir, full_model_dir = _adapter_beside(heads_dir, meta, base_model) if alone else None, None
+    adapter_dir = _adapter_beside(heads_dir, meta, base_model) if alone else None
+    full_model_dir = None
     if alone and base_model is None and adapter_dir is None and not is_export:
         if meta.get("recipe") == "medusa-1":
             adapter_dir, _ = trained_model(heads_dir, meta)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from axolotl_medusa.model.file_names import CARD_FILE, META_FILE
 from axolotl_medusa.model.secrets import secrets_in, without_secrets
-from axolotl_medusa.serving.export_files import published_files, read_marker
+from axolotl_medusa.serving.export_files import published_files, read_marker, replaced_files
 
 LOG = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _check(directory: Path) -> list[Path]:
         raise ValueError(
             f"{directory} is no export, expected a {META_FILE} that says so: write one with `axolotl-medusa export` and push it"
         )
-    if unfinished := next(directory.rglob("*.part"), None):
+    if unfinished := next((file for file in replaced_files(directory) if file.suffix == ".part"), None):
         raise ValueError(f"{unfinished} is half a file: an export was interrupted; run it again")
     files = published_files(directory)
     if Path(CARD_FILE) not in files or not any(file.suffix in _WEIGHTS for file in files):
