@@ -14,16 +14,22 @@ from reprlib import repr as shorten
 from typing import Any, Literal
 
 from axolotl_medusa.model.checkpoints import checkpoints
-from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE
+from axolotl_medusa.model.file_names import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    HEADS_FILE,
+    HEADS_FOLDER,
+    META_FILE,
+    TORCH_FILE,
+    TORCH_INDEX,
+)
 from axolotl_medusa.model.heads import HeadForm
 from axolotl_medusa.model.heads_directory import open_heads
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.safe_paths import stays_inside
 from axolotl_medusa.model.tensor_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, TensorFiles
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-
-_FULL_MODEL_FILES = (SAFETENSORS_INDEX, SAFETENSORS_FILE, "pytorch_model.bin.index.json", "pytorch_model.bin")
+_FULL_MODEL_FILES = (SAFETENSORS_INDEX, SAFETENSORS_FILE, TORCH_INDEX, TORCH_FILE)
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from axolotl_medusa.model.file_names import CONFIG_FILE, META_FILE, SHARED_OUTPUT_LAYER
+from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, META_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.secrets import without_secrets
-from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE, Source
+from axolotl_medusa.model.sources import Source
 from axolotl_medusa.model.tensor_files import (
     LazyTensor,
     TensorFiles,
