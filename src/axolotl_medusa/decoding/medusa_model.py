@@ -1,7 +1,7 @@
 """Medusa decoding: text from a causal LM and its heads, several tokens per forward of the model.
 
 Contract: needs torch and transformers only. A step forwards a candidate tree (`tree`) over the KV cache
-(`tree_attention`), decides what is accepted (`acceptance`), and runs the heads on the last accepted position alone.
+(`target_cache`), decides what is accepted (`acceptance`), and runs the heads on the last accepted position alone.
 """
 
 from __future__ import annotations

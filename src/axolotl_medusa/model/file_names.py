@@ -1,4 +1,4 @@
-"""Names of files that training, decoding and servers agree on, and of the tensor that heads share.
+"""Names that training, decoding and servers agree on: files and the tensor that heads share.
 
 Contract: constants alone; imports nothing.
 """
@@ -12,8 +12,13 @@ HEADS_FILE = "medusa_lm_head.safetensors"
 CONFIG_FILE = "config.json"
 META_FILE = "medusa_meta.json"
 
+STATE_FILE = "trainer_state.json"
+"""The Trainer's own, in each of its checkpoints; it is written last."""
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+"""peft's."""
+TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+"""Weights as transformers wrote them before safetensors."""
 CARD_FILE = "README.md"
 
 TOKENIZER_FILES = (

@@ -22,6 +22,8 @@ from axolotl_medusa.model.file_names import (
     HEADS_FOLDER,
     META_FILE,
     TOKENIZER_FILES,
+    TORCH_FILE,
+    TORCH_INDEX,
 )
 from axolotl_medusa.model.heads import HeadForm
 from axolotl_medusa.model.heads_directory import open_heads
@@ -29,7 +31,7 @@ from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.safe_paths import stays_inside
 from axolotl_medusa.model.tensor_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, TensorFiles
 
-_FULL_MODEL_FILES = (SAFETENSORS_INDEX, SAFETENSORS_FILE, "pytorch_model.bin.index.json", "pytorch_model.bin")
+_FULL_MODEL_FILES = (SAFETENSORS_INDEX, SAFETENSORS_FILE, TORCH_INDEX, TORCH_FILE)
 _LONGEST_TEXT = 1000
 """Characters of a name or path."""
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")

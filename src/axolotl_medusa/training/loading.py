@@ -25,6 +25,7 @@ from axolotl_medusa.model.sources import (
     adapter_file,
     find_source,
     trained_model,
+    yaml_value,
 )
 from axolotl_medusa.model.tensor_files import TensorFiles
 
@@ -95,7 +96,7 @@ def _check_nothing_is_passed_over(cfg: DictDefault) -> None:
 
 def _check_earlier_adapter(source: Source, cfg: DictDefault) -> None:
     """Medusa-1 on top of an adapter: axolotl loads that adapter, if the YAML still names it."""
-    trained_on, found = source.meta.get("yaml", {}).get("lora_model_dir"), cfg.lora_model_dir
+    trained_on, found = yaml_value(source.meta, "lora_model_dir"), cfg.lora_model_dir
     if (trained_on or None) != (found or None):
         raise ValueError(
             f"the heads in {source.heads_dir} were trained with lora_model_dir: {trained_on or 'unset'}, the YAML has "
