@@ -26,13 +26,14 @@ from parts.conversations import (
     Skipped,
     answer_input,
     continue_input,
-    returns_token_ids,
     settle_user_turns,
     write_from_scratch,
 )
 from parts.prompt_files import InputError, Row, check_rows, id_key, read_rows
 from parts.retrying_server_pool import ServerPool, Stopped
+from parts.run_counts import Counts
 from parts.secrets import without_secrets
+from parts.token_ids import returns_token_ids
 
 DEFAULT_SERVER = "http://127.0.0.1:8000/v1"
 say = speaker(__file__)
@@ -72,41 +73,6 @@ class Settings(Recipe):
             raise InputError("found --token_ids with --thinking strip: the ids hold the reasoning; choose on or off")
         if self.data_path and self.output_path.resolve() == Path(self.data_path).resolve():
             raise InputError(f"found {self.data_path} as --data_path and --output_path, expected two files")
-
-
-@dataclass
-class Counts:
-    """What became of the input rows in this run; tokens are those of the conversations written."""
-
-    input_rows: int = 0
-    succeeded: int = 0
-    failed: int = 0
-    skipped_already_done: int = 0
-    skipped_failed_before: int = 0
-    skipped_left_out_before: int = 0
-    skipped_duplicates: int = 0
-    skipped_unusable: int = 0
-    skipped_cut: int = 0
-    cut_answers: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    @property
-    def skipped(self) -> int:
-        """Rows neither written nor failed."""
-        return sum(getattr(self, name.name) for name in fields(self) if name.name.startswith("skipped_"))
-
-    @property
-    def left(self) -> int:
-        """Rows not dealt with, 0 unless the run was interrupted: succeeded + failed + skipped + left = input_rows."""
-        return self.input_rows - self.succeeded - self.failed - self.skipped
-
-    def summary(self) -> str:
-        """Returns what a user wants to know at the end, in one line."""
-        parts = [f"{getattr(self, name)} {name}" for name in ("succeeded", "failed", "skipped")]
-        parts += [f"{self.left} left"] if self.left else []
-        cut = f"; {self.cut_answers} answers cut" if self.cut_answers else ""
-        return f"{', '.join(parts)} of {self.input_rows} rows; {self.completion_tokens} tokens written{cut}"
 
 
 class Run:
@@ -189,10 +155,11 @@ class Run:
             except RowError as error:
                 self.files.append_failed(row.id, str(error))
                 self.counts.failed += 1
+                self.counts.add_ends(conversation)
                 self.advance()
             except Skipped as skipped:
                 self.files.append_skipped(row.id, str(skipped))
-                self.counts.cut_answers += conversation.cut_answers
+                self.counts.add_ends(conversation)
                 self.skip({"cut": "cut", "duplicate": "duplicates"}.get(str(skipped), "unusable"))
             except Stopped:
                 return
@@ -220,7 +187,7 @@ class Run:
         record = conversation.record()
         self.files.append_conversation(record)
         self.counts.succeeded += 1
-        self.counts.cut_answers += conversation.cut_answers
+        self.counts.add_ends(conversation)
         self.counts.prompt_tokens += record["usage"]["prompt_tokens"]
         self.counts.completion_tokens += record["usage"]["completion_tokens"]
         self.advance()

@@ -232,8 +232,10 @@ class ChatServer:
             raise PassingError(f"found {self.quote(raw)!r}, expected a completion") from error
         if finish_reason in BROKEN_OFF:
             raise RowError(f"found the finish_reason {finish_reason!r}, expected a whole answer")
-        if not may_be_empty and not (isinstance(text, str) and text.strip()):
-            raise RowError(f"found an empty answer (finish_reason {finish_reason!r}), expected text")
+        only_thoughts = bool(reasoning) and finish_reason == "length"  # who asked tells what to do about it
+        if not (may_be_empty or only_thoughts or (text and text.strip())):
+            found = "thoughts without an answer" if reasoning else "an empty answer"
+            raise RowError(f"found {found} (finish_reason {finish_reason!r}), expected text")
         return Answer(
             text or "",
             finish_reason,

@@ -13,12 +13,15 @@ from typing import Any
 from parts.chat_server import CHAT, COMPLETIONS, Answer, ChatServer, RowError, ServerError
 from parts.chat_template import ChatTemplate
 from parts.command_line import flag, number
-from parts.conversation_rows import IGNORED_LABEL, format_turns
+from parts.conversation_rows import format_turns
 from parts.prompt_files import Row, Turn
+from parts.reasoning import END_THINK, THINK, is_cut_reasoning, lacks_answer, split_reasoning
 from parts.retrying_server_pool import ServerPool
+from parts.token_ids import TokenIds
 
 USER_MAX_TOKENS = 512  # a longer user turn is no prompt; those cut here are not used
-THINK, END_THINK = "<think>", "</think>"
+CUT_REASONING = "cut_reasoning"
+"""Last of the finish reasons of a conversation that ends because the length limit cut the thoughts before an answer."""
 
 
 class Skipped(Exception):  # noqa: N818 - not an error: the row is left out as it was asked for
@@ -71,32 +74,6 @@ def turns_to_send(turns: Sequence[Turn], chat: bool) -> list[Turn]:
     return sent[: users[-1 if chat else 0] + 1]
 
 
-def split_reasoning(answer: Answer) -> tuple[str, str]:
-    """Returns the reasoning of an answer, "" if there is none, and what is said after it.
-
-    Servers with a reasoning parser report it apart; others leave it in the text, where the opening tag is missing if
-    the chat template has it in the prompt.
-    """
-    if answer.reasoning:
-        return answer.reasoning.strip(), answer.text.strip()
-    reasoning, end, spoken = answer.text.partition(END_THINK)
-    if end:
-        return reasoning.replace(THINK, "", 1).strip(), spoken.strip()
-    if answer.text.lstrip().startswith(THINK):
-        raise RowError("found an answer cut while the model was reasoning, expected a larger --max_tokens")
-    return "", answer.text
-
-
-async def returns_token_ids(server: ChatServer) -> bool:
-    """Asks a server for the token ids of its answers, from now on; returns whether it sends them."""
-    request = {"messages": [{"role": "user", "content": "Hi"}]}
-    answer = await server.understands(CHAT, request, {"return_token_ids": True})
-    if isinstance(answer, Answer) and answer.prompt_ids and answer.answer_ids:
-        return True
-    server.extra_fields[CHAT] = {}
-    return False
-
-
 async def settle_user_turns(server: ChatServer, template: ChatTemplate) -> None:
     """Finds out how a server can be asked for user turns: stop strings and special tokens are not known to all.
 
@@ -111,43 +88,6 @@ async def settle_user_turns(server: ChatServer, template: ChatTemplate) -> None:
             return
     expected = "expected /completions, with which the model writes user turns; use --chat"
     raise ServerError(f"{server.url}/{COMPLETIONS}: found {answer}, {expected}")
-
-
-class TokenIds:
-    """What the server saw and said, as the columns that axolotl trains on without tokenising."""
-
-    def __init__(self) -> None:
-        """Starts with no tokens."""
-        self.ids: list[int] = []
-        self.labels: list[int] = []
-        self.answers = self.masked_answers = 0
-
-    def extend(self, answer: Answer) -> None:
-        """Appends a prompt and its answer.
-
-        A prompt usually begins with the tokens of the turns before it. Where the template renders those differently
-        now (it drops earlier reasoning, say), their answers are no longer what the model said there: they are masked
-        and counted.
-        """
-        if answer.prompt_ids is None or answer.answer_ids is None:
-            raise ServerError("the server stopped returning token ids, expected them in every answer")
-        if answer.prompt_ids[: len(self.ids)] == self.ids:
-            self.labels += [IGNORED_LABEL] * (len(answer.prompt_ids) - len(self.ids))
-        else:
-            self.masked_answers = self.answers
-            self.labels = [IGNORED_LABEL] * len(answer.prompt_ids)
-        self.ids = answer.prompt_ids + answer.answer_ids
-        self.labels += answer.answer_ids
-        self.answers += 1
-
-    def columns(self) -> dict[str, Any]:
-        """Returns the columns of the row."""
-        return {
-            "input_ids": self.ids,
-            "attention_mask": [1] * len(self.ids),
-            "labels": self.labels,
-            "masked_answers": self.masked_answers,
-        }
 
 
 class Conversation:
@@ -168,6 +108,7 @@ class Conversation:
         self.answers: list[Answer] = []  # those that the row keeps
         self.asked: list[Answer] = []  # everything that was paid for
         self.cut_answers = 0
+        self.ended_by = ""  # why there is no further answer, if that is to be known
         self.tokens = TokenIds() if recipe.token_ids else None
 
     def add(self, role: str, text: str, kept_text: str | None = None) -> None:
@@ -176,7 +117,11 @@ class Conversation:
         self.messages.append({"role": role, "content": text if kept_text is None else kept_text})
 
     async def add_answer(self) -> bool:
-        """Asks for the assistant's next turn; returns whether there is one, and not one to be dropped as cut."""
+        """Asks for the assistant's next turn; returns whether there is one, and not one to be dropped as cut.
+
+        Raises:
+            RowError: If no whole answer came.
+        """
         recipe = self.recipe
         request: dict[str, Any] = {"messages": self.history}
         request |= recipe.sampling(self.row, len(self.asked), recipe.temperature, recipe.max_tokens)
@@ -184,10 +129,16 @@ class Conversation:
             request["chat_template_kwargs"] = kwargs
         answer = await self.pool.ask(CHAT, request)
         self.asked.append(answer)
+        told_to_think = recipe.thinking in ("on", "strip")
+        cut_reasoning = is_cut_reasoning(answer, told_to_think)
+        self.ended_by = CUT_REASONING if cut_reasoning else ""
         if answer.finish_reason == "length":
             self.cut_answers += 1
-            if recipe.cut == "drop":
+            if cut_reasoning or recipe.cut == "drop":
                 return False
+        if told_to_think and lacks_answer(answer):
+            found = f"found thoughts without an answer (finish_reason {answer.finish_reason!r})"
+            raise RowError(f"{found}, expected one after them")
         spoken = kept = answer.text
         if recipe.thinking is not None:
             reasoning, spoken = split_reasoning(answer)
@@ -216,16 +167,24 @@ class Conversation:
         return True
 
     def record(self) -> dict[str, Any]:
-        """Returns the output row; raises Skipped if nothing is left of the conversation."""
+        """Returns the output row.
+
+        Raises:
+            Skipped: If nothing is left of the conversation, as it was asked for.
+            RowError: If nothing is left because the first answer was never begun.
+        """
         recipe = self.recipe
+        if not self.answers and self.ended_by == CUT_REASONING and recipe.cut != "drop":
+            raise RowError("found an answer cut while the model was reasoning, expected a larger --max_tokens")
         if not self.answers:
             raise Skipped("cut")
+        ends = [self.ended_by] if self.ended_by and recipe.cut != "drop" else []
         while self.messages[-1]["role"] != "assistant":
             self.messages.pop()  # what an answer that was dropped had been asked
         return {
             "id": self.row.id,
             **format_turns(self.messages, recipe.format),
-            "finish_reasons": [answer.finish_reason for answer in self.answers],
+            "finish_reasons": [*(answer.finish_reason for answer in self.answers), *ends],
             **({"cut": self.cut_answers > 0} if recipe.cut == "mark" else {}),
             "usage": {
                 "prompt_tokens": sum(answer.prompt_tokens for answer in self.asked),

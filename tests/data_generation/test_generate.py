@@ -359,6 +359,7 @@ def test_report_accounts_for_every_row(work: Workdir, server: FakeServer) -> Non
         "skipped_unusable": 1,
         "skipped_cut": 0,
         "cut_answers": 1,
+        "cut_reasoning": 0,
         "prompt_tokens": 14,
         "completion_tokens": 6,
         "retries": 0,
