@@ -71,6 +71,11 @@ class Settings(Recipe):
             raise InputError("found --from_scratch with --chat, --split or --limit, which are for prompts that exist")
         if self.token_ids and self.thinking == "strip":
             raise InputError("found --token_ids with --thinking strip: the ids hold the reasoning; choose on or off")
+        if self.tool_turns != "skip" and not self.chat:
+            raise InputError(f"found --tool_turns {self.tool_turns} without --chat, which answers them; add --chat")
+        if self.tool_turns != "skip" and self.format == "sharegpt":
+            expected = "expected --format messages, since the other layout has no words for tools"
+            raise InputError(f"found --tool_turns {self.tool_turns} with --format sharegpt, {expected}")
         if self.data_path and self.output_path.resolve() == Path(self.data_path).resolve():
             raise InputError(f"found {self.data_path} as --data_path and --output_path, expected two files")
 
@@ -280,7 +285,7 @@ async def generate(settings: Settings, counts: Counts, files: OutputFiles) -> tu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0 if no row failed, 1 if some did, 2 for an error, 130 after Ctrl-C."""
+    """Runs the command; returns 0 if no row failed, 1 if some did, 2 for an error or a useless input, 130 after Ctrl-C."""
     settings, counts = parse_flags(Settings, __doc__, argv), Counts()
     try:
         settings.check()
@@ -304,6 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if counts.failed:
         say(f"error: {counts.failed} of {counts.input_rows} rows failed; {files.failed_path} says why")
         return 1
+    if counts.nothing_usable:
+        say(f"error: none of the {counts.input_rows} rows gave a conversation; {files.skipped_path} says why")
+        return 2
     return 0
 
 

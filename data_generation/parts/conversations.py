@@ -14,7 +14,8 @@ from parts.chat_server import CHAT, COMPLETIONS, Answer, ChatServer, RowError, S
 from parts.chat_template import ChatTemplate
 from parts.command_line import flag, number
 from parts.conversation_rows import format_turns
-from parts.prompt_files import Row, Turn
+from parts.input_turns import TOOL_ROLES, Turn, sent_form
+from parts.prompt_files import Row
 from parts.reasoning import END_THINK, THINK, is_cut_reasoning, lacks_answer, split_reasoning
 from parts.retrying_server_pool import ServerPool
 from parts.token_ids import TokenIds
@@ -52,6 +53,13 @@ class Recipe:
     cut: str = field(
         metadata=flag("what to do with answers cut by max_tokens", "keep", choices=["keep", "mark", "drop"])
     )
+    tool_turns: str = field(
+        metadata=flag(
+            "tool calls and their results in the input: leave them out, keep them, or keep and mark them as not to be trained on",
+            "skip",
+            choices=["skip", "keep", "mask"],
+        )
+    )
 
     def sampling(self, row: Row, request: int, temperature: float, max_tokens: int) -> dict[str, Any]:
         """Returns the sampling fields of the row's `request`-th request, the same in every run."""
@@ -67,11 +75,33 @@ class Recipe:
         return {} if self.thinking is None else {"enable_thinking": self.thinking != "off"}
 
 
-def turns_to_send(turns: Sequence[Turn], chat: bool) -> list[Turn]:
-    """Returns the system and user turns up to the first user turn; with `chat`, up to the last."""
-    sent = [turn for turn in turns if turn["role"] != "assistant"]
-    users = [index for index, turn in enumerate(sent) if turn["role"] == "user"]
-    return sent[: users[-1 if chat else 0] + 1]
+def first_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """Returns the system and user turns up to the first user turn."""
+    sent = [turn for turn in turns if turn["role"] in ("system", "user")]
+    return sent[: next(index for index, turn in enumerate(sent) if turn["role"] == "user") + 1]
+
+
+def turns_to_answer(turns: Sequence[Turn], with_tools: bool) -> list[tuple[Turn, bool]]:
+    """Returns the turns of the input that are sent, each with whether an answer is asked for after it.
+
+    Args:
+        turns: All turns of the input.
+        with_tools: Whether tool calls and results are sent. The answer then comes after the last result of a round; a
+            call without a result would leave nothing to answer, and is left out.
+    """
+    roles = ("system", "user", *(TOOL_ROLES if with_tools else ()))
+    following = [turn["role"] for turn in turns[1:]] + [""]
+    sent = [
+        turn
+        for turn, after in zip(turns, following, strict=True)
+        if turn["role"] in roles and (turn["role"] != "call" or after == "tool")
+    ]
+    following = [turn["role"] for turn in sent[1:]] + [""]
+    steps = [
+        (turn, turn["role"] in ("user", "tool") and after not in TOOL_ROLES)
+        for turn, after in zip(sent, following, strict=True)
+    ]
+    return steps[: max(index for index, (_, asks) in enumerate(steps) if asks) + 1]
 
 
 async def settle_user_turns(server: ChatServer, template: ChatTemplate) -> None:
@@ -108,13 +138,14 @@ class Conversation:
         self.answers: list[Answer] = []  # those that the row keeps
         self.asked: list[Answer] = []  # everything that was paid for
         self.cut_answers = 0
+        self.tool_turns_left_out = 0
         self.ended_by = ""  # why there is no further answer, if that is to be known
         self.tokens = TokenIds() if recipe.token_ids else None
 
-    def add(self, role: str, text: str, kept_text: str | None = None) -> None:
-        """Appends a turn; `kept_text` is what the row keeps of it, if not the same."""
-        self.history.append({"role": role, "content": text})
-        self.messages.append({"role": role, "content": text if kept_text is None else kept_text})
+    def add(self, turn: Turn) -> None:
+        """Appends a turn of the input."""
+        self.history.append(sent_form(turn))
+        self.messages.append(turn)
 
     async def add_answer(self) -> bool:
         """Asks for the assistant's next turn; returns whether there is one, and not one to be dropped as cut.
@@ -144,7 +175,8 @@ class Conversation:
             reasoning, spoken = split_reasoning(answer)
             keeps_it = reasoning and recipe.thinking == "on"
             kept = f"{THINK}\n{reasoning}\n{END_THINK}\n\n{spoken}" if keeps_it else spoken
-        self.add("assistant", spoken, kept)
+        self.history.append({"role": "assistant", "content": spoken})
+        self.messages.append({"role": "assistant", "content": kept})
         self.answers.append(answer)
         if self.tokens:
             self.tokens.extend(answer)
@@ -163,7 +195,7 @@ class Conversation:
         text = text.partition(stop)[0].strip() if stop else text.strip()
         if not text or not ended or any(turn["content"] == text for turn in self.history):
             return False
-        self.add("user", text)
+        self.add({"role": "user", "content": text})
         return True
 
     def record(self) -> dict[str, Any]:
@@ -181,9 +213,10 @@ class Conversation:
         ends = [self.ended_by] if self.ended_by and recipe.cut != "drop" else []
         while self.messages[-1]["role"] != "assistant":
             self.messages.pop()  # what an answer that was dropped had been asked
+        masks = [turn["role"] == "assistant" for turn in self.messages] if recipe.tool_turns == "mask" else None
         return {
             "id": self.row.id,
-            **format_turns(self.messages, recipe.format),
+            **format_turns(self.messages, recipe.format, masks),
             "finish_reasons": [*(answer.finish_reason for answer in self.answers), *ends],
             **({"cut": self.cut_answers > 0} if recipe.cut == "mark" else {}),
             "usage": {
@@ -197,16 +230,20 @@ class Conversation:
 
 async def answer_input(conversation: Conversation) -> None:
     """--chat: answers every user turn of the input in order, each with the new answers as history."""
-    for turn in turns_to_send(conversation.row.turns, chat=True):
-        conversation.add(turn["role"], turn["content"])
-        if turn["role"] == "user" and not await conversation.add_answer():
+    turns, with_tools = conversation.row.turns, conversation.recipe.tool_turns != "skip"
+    steps = turns_to_answer(turns, with_tools)
+    tools = [turn for turn in turns if turn["role"] in TOOL_ROLES]
+    conversation.tool_turns_left_out = len(tools) - sum(turn["role"] in TOOL_ROLES for turn, _ in steps)
+    for turn, asks in steps:
+        conversation.add(turn)
+        if asks and not await conversation.add_answer():
             return
 
 
 async def continue_input(conversation: Conversation) -> None:
     """The default: answers the first prompt, then lets the model play both roles."""
-    for turn in turns_to_send(conversation.row.turns, chat=False):
-        conversation.add(turn["role"], turn["content"])
+    for turn in first_turns(conversation.row.turns):
+        conversation.add(turn)
     await play_on(conversation)
 
 

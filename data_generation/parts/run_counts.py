@@ -20,6 +20,7 @@ class Counts:
     skipped_cut: int = 0
     cut_answers: int = 0
     cut_reasoning: int = 0
+    tool_turns_left_out: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -33,9 +34,16 @@ class Counts:
         """Rows not dealt with, 0 unless the run was interrupted: succeeded + failed + skipped + left = input_rows."""
         return self.input_rows - self.succeeded - self.failed - self.skipped
 
+    @property
+    def nothing_usable(self) -> bool:
+        """Whether every row was left out, now or by an earlier run."""
+        left_out = self.skipped_unusable + self.skipped_cut + self.skipped_left_out_before
+        return left_out > 0 and left_out + self.skipped_duplicates == self.input_rows
+
     def add_ends(self, conversation: Conversation) -> None:
         """Counts what ended before its end in a conversation, whatever became of it."""
         self.cut_answers += conversation.cut_answers
+        self.tool_turns_left_out += conversation.tool_turns_left_out
         self.cut_reasoning += conversation.ended_by == CUT_REASONING
 
     def summary(self) -> str:
@@ -44,4 +52,5 @@ class Counts:
         parts += [f"{self.left} left"] if self.left else []
         cut = f"; {self.cut_answers} answers cut" if self.cut_answers else ""
         cut += f", {self.cut_reasoning} of them inside their thoughts" if self.cut_reasoning else ""
+        cut += f"; {self.tool_turns_left_out} tool turns left out" if self.tool_turns_left_out else ""
         return f"{', '.join(parts)} of {self.input_rows} rows; {self.completion_tokens} tokens written{cut}"

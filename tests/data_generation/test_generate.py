@@ -77,6 +77,7 @@ def test_every_flag_has_both_spellings() -> None:
     values |= {"model": "m", "tokenizer": "t", "thinking": "on", "format": "sharegpt", "cut": "drop"}
     values |= {"temperature": 0.5, "user_temperature": 0.5, "top_p": 0.5, "seed": 1, "limit": 1, "max_turns": 2}
     values |= {"num_threads": 2, "max_tokens": 2, "timeout_s": 2.0, "max_retries": 2, "backoff_s": 2.0}
+    values |= {"tool_turns": "keep"}
     values |= {"give_up_s": 2.0, "api_key_env": "K", "chat": True, "token_ids": True, "retry_failed": True}
     for separator in "_-":
         argv = ["--server", "http://x", "--server", "http://y"]
@@ -360,6 +361,7 @@ def test_report_accounts_for_every_row(work: Workdir, server: FakeServer) -> Non
         "skipped_cut": 0,
         "cut_answers": 1,
         "cut_reasoning": 0,
+        "tool_turns_left_out": 0,
         "prompt_tokens": 14,
         "completion_tokens": 6,
         "retries": 0,
@@ -414,6 +416,8 @@ def test_missing_input_is_one_line(work: Workdir, capsys: pytest.CaptureFixture[
         ["--from_scratch", "3", "--chat"],
         ["--from_scratch", "3", "--split", "train"],
         ["--data_path", "d", "--token_ids", "--thinking", "strip"],
+        ["--data_path", "d", "--tool_turns", "keep"],
+        ["--data_path", "d", "--tool_turns", "mask", "--chat", "--format", "sharegpt"],
     ],
     ids=" ".join,
 )
