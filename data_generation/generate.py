@@ -16,9 +16,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from parts.chat_server import DEFAULT_API_KEY_ENV, ChatServer, RowError, ServerError, read_api_key
+from parts.chat_server import (
+    DEFAULT_API_KEY_ENV,
+    ChatServer,
+    ContextOverflowError,
+    RowError,
+    ServerError,
+    read_api_key,
+)
 from parts.chat_template import ChatTemplate
 from parts.command_line import flag, number, parse_flags, speaker
+from parts.context_room import ContextRoom, fit_max_tokens
 from parts.conversation_files import OutputFiles, prompt_key
 from parts.conversations import (
     Conversation,
@@ -90,6 +98,7 @@ class Run:
         self.template: ChatTemplate | None = None
         self.have_token_ids: list[bool] = []
         self.interrupts = 0
+        self.room = ContextRoom()
         self.started = time.monotonic()
         self.bar = tqdm(total=counts.input_rows, unit="row", dynamic_ncols=True, smoothing=0)
 
@@ -155,7 +164,7 @@ class Run:
         for row in rows:
             conversation = Conversation(row, pool, self.recipe, self.template)
             try:
-                await self.converse(conversation)
+                await self.converse_or_see_why(conversation, pool)
                 self.keep(conversation)
             except RowError as error:
                 self.files.append_failed(row.id, str(error))
@@ -170,6 +179,15 @@ class Run:
                 return
             if self.interrupts:
                 return
+
+    async def converse_or_see_why(self, conversation: Conversation, pool: ServerPool) -> None:
+        """Makes a conversation; where its first prompt overflows the context, sees whether that is the prompt's fault."""
+        try:
+            await self.converse(conversation)
+        except ContextOverflowError:
+            await self.room.expect(pool, self.recipe.max_tokens)
+            raise
+        self.room.is_known = True
 
     async def converse(self, conversation: Conversation) -> None:
         """Makes a conversation in the mode that the flags ask for."""
@@ -280,6 +298,8 @@ async def generate(settings: Settings, counts: Counts, files: OutputFiles) -> tu
             give_up_s=settings.give_up_s,
         ) as pool:
             run.settle_layout(pool.name)
+            fitted = fit_max_tokens(settings.max_tokens, pool.context_tokens, say)
+            run.recipe = replace(run.recipe, max_tokens=fitted)
             await run.run(pool)
     return run.report(pool), run.interrupts > 0
 

@@ -7,6 +7,7 @@ part of an error's text.
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,17 @@ RETRIED_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})
 BROKEN_OFF = frozenset({"abort", "content_filter", "error"})  # finish reasons of an answer that is not whole
 LONGEST_WAIT_S = 3600.0  # of a Retry-After; a server that asks for more is asked again after it
 MAX_ANSWER_BYTES = 1 << 26
+OVERFLOW_STATUSES = frozenset({400, 413, 422, 500})
+OVERFLOW = re.compile(
+    r"context[ _-]?(length|size|window|limit)|exceed_context|maximum context|max_model_len|maximum model length"
+    r"|max_(new_|completion_)?tokens\W{1,4}(must be <=|is too large|or 'max_completion_tokens' is too large)"
+    r"|inputs?\W{1,3}must have less than|(prompt|input) is too long|exceeds the maximum (allowed )?(input )?length"
+    r"|exceeds the maximum number of tokens|reduce the length of the (messages|input|prompt)",
+    re.IGNORECASE,
+)
+"""What servers say of a prompt that is too long: vLLM, SGLang, TGI, llama.cpp, LiteLLM, LM Studio and hosted ones."""
+CONTEXT_KEYS = ("max_model_len", "context_length", "context_window", "max_context_length")
+"""Where servers list the length of a model's context: vLLM and SGLang, then proxies and hosted ones."""
 CHAT, COMPLETIONS = "chat/completions", "completions"
 DEFAULT_API_KEY_ENV = "OPENAI_API_KEY"
 
@@ -33,6 +45,10 @@ class ServerError(RuntimeError):
 
 class RowError(Exception):
     """A request that got no whole answer; the text is the reason that is recorded."""
+
+
+class ContextOverflowError(RowError):
+    """A prompt that, with the longest answer asked for, does not fit into the server's context."""
 
 
 class PassingError(Exception):
@@ -89,6 +105,22 @@ def asked_wait_s(retry_after: str | None) -> float:
     return min(wait_s, LONGEST_WAIT_S) if 0 < wait_s < math.inf else 0.0
 
 
+def is_overflow(status: int, text: str) -> bool:
+    """Returns whether an error says that prompt and answer do not fit into the context."""
+    return status in OVERFLOW_STATUSES and bool(OVERFLOW.search(text))
+
+
+def listed_context(entries: Mapping[str, Mapping[str, Any]], model: str) -> int:
+    """Returns the length of a model's context in tokens as the server lists it, that of its base for an adapter; 0 if not."""
+    entry = entries.get(model, {})
+    for listed in (entry, entries.get(str(entry.get("parent")), {})):
+        for key in CONTEXT_KEYS:
+            value = listed.get(key)
+            if type(value) is int and value > 0:
+                return value
+    return 0
+
+
 def are_tokens(ids: Any) -> bool:
     """Tells whether token ids are a list of whole numbers, or not there."""
     return ids is None or (isinstance(ids, list) and all(type(index) is int and 0 <= index < 1 << 31 for index in ids))
@@ -124,13 +156,14 @@ class ChatServer:
         self.session, self.url = session, url.rstrip("/")
         self.secrets = [*credentials, *filter(None, [api_key])]
         self.wanted_model, self.model, self.model_root = model, model or "", ""
+        self.context_tokens = 0  # 0 if the server does not list it
         self.headers = {"Content-Type": "application/json"}
         if self.secrets:
             self.headers["Authorization"] = f"Basic {credentials[0]}" if credentials else f"Bearer {api_key}"
         self.extra_fields: dict[str, dict[str, Any]] = {CHAT: {}, COMPLETIONS: {}}
 
     async def find_model(self) -> None:
-        """Checks that the server is there, and settles `model` and `model_root`.
+        """Checks that the server is there, and settles `model`, `model_root` and `context_tokens`.
 
         Raises:
             PassingError: If the server is out of reach.
@@ -145,7 +178,7 @@ class ChatServer:
             hint = "check the URL and the API key, and name the model with --model if the server lists none"
             raise ServerError(f"{url}: found HTTP {status}, expected a list of models; {hint}")
         try:
-            entries = {str(entry["id"]): str(entry.get("root") or "") for entry in parse_json(raw, "list")["data"]}
+            entries = {str(entry["id"]): dict(entry) for entry in parse_json(raw, "list")["data"]}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if self.wanted_model:
                 return
@@ -154,7 +187,8 @@ class ChatServer:
         if not self.wanted_model and len(names) != 1:
             raise ServerError(f"{url}: found {len(names)} models {shorten(names)}, expected one; choose with --model")
         self.model = self.wanted_model or names[0]
-        self.model_root = entries.get(self.model, "")
+        self.model_root = str(entries.get(self.model, {}).get("root") or "")
+        self.context_tokens = listed_context(entries, self.model)
 
     async def understands(self, path: str, body: Mapping[str, Any], fields: Mapping[str, Any]) -> Answer | str:
         """Asks for one token to see whether the server accepts a request with these further fields.
@@ -178,13 +212,16 @@ class ChatServer:
 
         Raises:
             PassingError: If another try may give the answer.
-            RowError: If none will.
+            ContextOverflowError: If the request does not fit into the server's context.
+            RowError: If no try will give the answer.
         """
         request = json.dumps({"model": self.model, **body, **self.extra_fields[path]}).encode()
         status, raw, retry_after = await self.exchange("POST", f"{self.url}/{path}", request)
         if 200 <= status < 300:
             return self.parse_answer(raw, may_be_empty)
         reason = f"HTTP {status}: {self.quote(raw)}"
+        if is_overflow(status, raw.decode(errors="replace")):
+            raise ContextOverflowError(reason)
         if status in RETRIED_STATUSES:
             raise PassingError(reason, asked_wait_s(retry_after))
         raise RowError(reason)

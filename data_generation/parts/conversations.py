@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from parts.chat_server import CHAT, COMPLETIONS, Answer, ChatServer, RowError, ServerError
+from parts.chat_server import CHAT, COMPLETIONS, Answer, ChatServer, ContextOverflowError, RowError, ServerError
 from parts.chat_template import ChatTemplate
 from parts.command_line import flag, number
+from parts.context_room import DEFAULT_MAX_TOKENS
 from parts.conversation_rows import format_turns
 from parts.input_turns import TOOL_ROLES, Turn, sent_form
 from parts.prompt_files import Row
@@ -21,8 +22,9 @@ from parts.retrying_server_pool import ServerPool
 from parts.token_ids import TokenIds
 
 USER_MAX_TOKENS = 512  # a longer user turn is no prompt; those cut here are not used
-CUT_REASONING = "cut_reasoning"
-"""Last of the finish reasons of a conversation that ends because the length limit cut the thoughts before an answer."""
+CUT_REASONING, CONTEXT_FULL = "cut_reasoning", "context_full"
+"""Last of the finish reasons of a conversation that ends before its end: the length limit cut the thoughts before an
+answer, or the server's context could not hold the next one."""
 
 
 class Skipped(Exception):  # noqa: N818 - not an error: the row is left out as it was asked for
@@ -33,7 +35,12 @@ class Skipped(Exception):  # noqa: N818 - not an error: the row is left out as i
 class Recipe:
     """How conversations are made; max_tokens and temperature default to the first Medusa generator's values."""
 
-    max_tokens: int = field(metadata=flag("longest answer, in tokens", 2048, type=number(int, 1)))
+    max_tokens: int | None = field(
+        metadata=flag(
+            f"longest answer, in tokens (default: {DEFAULT_MAX_TOKENS}, or half of the context that the server lists)",
+            type=number(int, 1),
+        )
+    )
     temperature: float = field(metadata=flag("sampling temperature of answers", 0.3, type=number(float, 0)))
     top_p: float | None = field(metadata=flag("nucleus sampling (default: the server's)", type=number(float, 0, 1)))
     seed: int = field(metadata=flag("mixed into the seed of every request (default: 0)", 0, type=number(int, 0)))
@@ -147,6 +154,24 @@ class Conversation:
         self.history.append(sent_form(turn))
         self.messages.append(turn)
 
+    async def ask(self, path: str, request: dict[str, Any], *, may_be_empty: bool = False) -> Answer | None:
+        """Asks one of the servers.
+
+        Returns:
+            The answer; None where the context cannot hold it, after answers that are worth keeping.
+
+        Raises:
+            RowError: If no whole answer came.
+        """
+        try:
+            self.asked.append(await self.pool.ask(path, request, may_be_empty=may_be_empty))
+        except ContextOverflowError:
+            if not self.answers:
+                raise
+            self.ended_by = CONTEXT_FULL
+            return None
+        return self.asked[-1]
+
     async def add_answer(self) -> bool:
         """Asks for the assistant's next turn; returns whether there is one, and not one to be dropped as cut.
 
@@ -155,11 +180,13 @@ class Conversation:
         """
         recipe = self.recipe
         request: dict[str, Any] = {"messages": self.history}
-        request |= recipe.sampling(self.row, len(self.asked), recipe.temperature, recipe.max_tokens)
+        most = recipe.max_tokens or DEFAULT_MAX_TOKENS
+        request |= recipe.sampling(self.row, len(self.asked), recipe.temperature, most)
         if kwargs := recipe.template_kwargs():
             request["chat_template_kwargs"] = kwargs
-        answer = await self.pool.ask(CHAT, request)
-        self.asked.append(answer)
+        answer = await self.ask(CHAT, request)
+        if answer is None:
+            return False
         told_to_think = recipe.thinking in ("on", "strip")
         cut_reasoning = is_cut_reasoning(answer, told_to_think)
         self.ended_by = CUT_REASONING if cut_reasoning else ""
@@ -187,9 +214,11 @@ class Conversation:
         assert self.template
         recipe = self.recipe
         request = {"prompt": self.template.user_prompt(self.history)}
-        request |= recipe.sampling(self.row, len(self.asked), recipe.user_temperature, USER_MAX_TOKENS)
-        answer = await self.pool.ask(COMPLETIONS, request, may_be_empty=True)
-        self.asked.append(answer)
+        most = min(USER_MAX_TOKENS, self.pool.context_tokens // 2 or USER_MAX_TOKENS)
+        request |= recipe.sampling(self.row, len(self.asked), recipe.user_temperature, most)
+        answer = await self.ask(COMPLETIONS, request, may_be_empty=True)
+        if answer is None:
+            return False
         text, stop = answer.text, self.template.user_stop
         ended = answer.finish_reason != "length" or bool(stop and stop in text)
         text = text.partition(stop)[0].strip() if stop else text.strip()
@@ -210,7 +239,8 @@ class Conversation:
             raise RowError("found an answer cut while the model was reasoning, expected a larger --max_tokens")
         if not self.answers:
             raise Skipped("cut")
-        ends = [self.ended_by] if self.ended_by and recipe.cut != "drop" else []
+        was_dropped = self.ended_by == CUT_REASONING and recipe.cut == "drop"
+        ends = [self.ended_by] if self.ended_by and not was_dropped else []
         while self.messages[-1]["role"] != "assistant":
             self.messages.pop()  # what an answer that was dropped had been asked
         masks = [turn["role"] == "assistant" for turn in self.messages] if recipe.tool_turns == "mask" else None
@@ -218,7 +248,7 @@ class Conversation:
             "id": self.row.id,
             **format_turns(self.messages, recipe.format, masks),
             "finish_reasons": [*(answer.finish_reason for answer in self.answers), *ends],
-            **({"cut": self.cut_answers > 0} if recipe.cut == "mark" else {}),
+            **({"cut": self.cut_answers > 0 or bool(self.ended_by)} if recipe.cut == "mark" else {}),
             "usage": {
                 "prompt_tokens": sum(answer.prompt_tokens for answer in self.asked),
                 "completion_tokens": sum(answer.completion_tokens for answer in self.asked),

@@ -142,6 +142,11 @@ class ServerPool:
         member.set_aside, member.failures_in_a_row = False, 0
         self.notify()
 
+    @property
+    def context_tokens(self) -> int:
+        """Returns the shortest context that a server lists, 0 if none does."""
+        return min((member.server.context_tokens for member in self.members if member.server.context_tokens), default=0)
+
     def notify(self) -> None:
         """Wakes everything that waits for a usable server."""
         self.changed.set()
@@ -211,7 +216,7 @@ class ServerPool:
             may_be_empty: Whether an answer without text is an answer.
 
         Raises:
-            RowError: If no try gives a whole answer.
+            RowError: If no try gives a whole answer; ContextOverflowError if it would not fit into the context.
             ServerError: If no server can be used any more.
             Stopped: If the run is to end before another try.
         """

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from parts.conversations import CUT_REASONING, Conversation
+from parts.conversations import CONTEXT_FULL, CUT_REASONING, Conversation
 
 
 @dataclass
@@ -20,6 +20,7 @@ class Counts:
     skipped_cut: int = 0
     cut_answers: int = 0
     cut_reasoning: int = 0
+    context_full: int = 0
     tool_turns_left_out: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -44,6 +45,7 @@ class Counts:
         """Counts what ended before its end in a conversation, whatever became of it."""
         self.cut_answers += conversation.cut_answers
         self.tool_turns_left_out += conversation.tool_turns_left_out
+        self.context_full += conversation.ended_by == CONTEXT_FULL
         self.cut_reasoning += conversation.ended_by == CUT_REASONING
 
     def summary(self) -> str:
@@ -52,5 +54,6 @@ class Counts:
         parts += [f"{self.left} left"] if self.left else []
         cut = f"; {self.cut_answers} answers cut" if self.cut_answers else ""
         cut += f", {self.cut_reasoning} of them inside their thoughts" if self.cut_reasoning else ""
+        cut += f"; {self.context_full} conversations ended where the context was full" if self.context_full else ""
         cut += f"; {self.tool_turns_left_out} tool turns left out" if self.tool_turns_left_out else ""
         return f"{', '.join(parts)} of {self.input_rows} rows; {self.completion_tokens} tokens written{cut}"

@@ -361,6 +361,7 @@ def test_report_accounts_for_every_row(work: Workdir, server: FakeServer) -> Non
         "skipped_cut": 0,
         "cut_answers": 1,
         "cut_reasoning": 0,
+        "context_full": 0,
         "tool_turns_left_out": 0,
         "prompt_tokens": 14,
         "completion_tokens": 6,
