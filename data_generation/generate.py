@@ -16,14 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from parts.chat_server import (
-    DEFAULT_API_KEY_ENV,
-    ChatServer,
-    ContextOverflowError,
-    RowError,
-    ServerError,
-    read_api_key,
-)
+from parts.chat_server import DEFAULT_API_KEY_ENV, ChatServer, read_api_key
 from parts.chat_template import ChatTemplate
 from parts.command_line import flag, number, parse_flags, speaker
 from parts.context_room import ContextRoom, fit_max_tokens
@@ -41,6 +34,7 @@ from parts.prompt_files import InputError, Row, check_rows, id_key, read_rows
 from parts.retrying_server_pool import ServerPool, Stopped
 from parts.run_counts import Counts
 from parts.secrets import without_secrets
+from parts.server_errors import ContextOverflowError, RowError, ServerError
 from parts.token_ids import returns_token_ids
 
 DEFAULT_SERVER = "http://127.0.0.1:8000/v1"

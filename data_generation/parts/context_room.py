@@ -6,8 +6,9 @@ Knows nothing about rows or files.
 import asyncio
 from collections.abc import Callable
 
-from parts.chat_server import CHAT, ContextOverflowError, RowError, ServerError
+from parts.chat_server import CHAT
 from parts.retrying_server_pool import ServerPool
+from parts.server_errors import ContextOverflowError, RowError, ServerError
 
 DEFAULT_MAX_TOKENS = 2048
 

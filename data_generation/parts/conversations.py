@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from parts.chat_server import CHAT, COMPLETIONS, Answer, ChatServer, ContextOverflowError, RowError, ServerError
+from parts.chat_answer import Answer
+from parts.chat_server import CHAT, COMPLETIONS, ChatServer
 from parts.chat_template import ChatTemplate
 from parts.command_line import flag, number
 from parts.context_room import DEFAULT_MAX_TOKENS
@@ -19,6 +20,7 @@ from parts.input_turns import TOOL_ROLES, Turn, sent_form
 from parts.prompt_files import Row
 from parts.reasoning import END_THINK, THINK, is_cut_reasoning, lacks_answer, split_reasoning
 from parts.retrying_server_pool import ServerPool
+from parts.server_errors import ContextOverflowError, PassingError, RowError, ServerError
 from parts.token_ids import TokenIds
 
 USER_MAX_TOKENS = 512  # a longer user turn is no prompt; those cut here are not used
@@ -116,13 +118,21 @@ async def settle_user_turns(server: ChatServer, template: ChatTemplate) -> None:
 
     Raises:
         ServerError: If the server has no completions of plain text.
+        PassingError: If it does not say.
     """
     request = {"prompt": template.user_prompt([])}
     stop = {"stop": [template.user_stop]} if template.user_stop else {}
     for fields in ({**stop, "skip_special_tokens": False}, stop, {}):
-        answer = await server.understands(COMPLETIONS, request, fields)
+        passing: PassingError | None = None
+        try:
+            answer = await server.understands(COMPLETIONS, request, fields)
+        except PassingError as error:
+            passing = error
+            continue  # some servers answer 500 to a field that they do not know
         if isinstance(answer, Answer):
             return
+    if passing:
+        raise passing
     expected = "expected /completions, with which the model writes user turns; use --chat"
     raise ServerError(f"{server.url}/{COMPLETIONS}: found {answer}, {expected}")
 

@@ -4,16 +4,16 @@ Servers with a reasoning parser report it apart; others leave it in the text, wh
 chat template has it in the prompt. Knows nothing about requests or files.
 """
 
-from parts.chat_server import Answer
+from parts.chat_answer import Answer
 
 THINK, END_THINK = "<think>", "</think>"
 
 
 def split_reasoning(answer: Answer) -> tuple[str, str]:
     """Returns the reasoning of an answer, "" if there is none, and what is said after it."""
-    if answer.reasoning:
-        return answer.reasoning.strip(), answer.text.strip()
     reasoning, end, spoken = answer.text.partition(END_THINK)
+    if answer.reasoning:  # some proxies leave it in the text too
+        return answer.reasoning.strip(), (spoken if end else answer.text).strip()
     if end:
         return reasoning.replace(THINK, "", 1).strip(), spoken.strip()
     return "", answer.text

@@ -2,14 +2,23 @@
 
 from typing import Any
 
-from parts.chat_server import CHAT, Answer, ChatServer, ServerError
+from parts.chat_answer import Answer
+from parts.chat_server import CHAT, ChatServer
 from parts.conversation_rows import IGNORED_LABEL
+from parts.server_errors import PassingError, RowError
 
 
 async def returns_token_ids(server: ChatServer) -> bool:
-    """Asks a server for the token ids of its answers, from now on; returns whether it sends them."""
+    """Asks a server for the token ids of its answers, from now on; returns whether it sends them.
+
+    Raises:
+        PassingError: If it answers neither with them nor without.
+    """
     request = {"messages": [{"role": "user", "content": "Hi"}]}
-    answer = await server.understands(CHAT, request, {"return_token_ids": True})
+    try:
+        answer = await server.understands(CHAT, request, {"return_token_ids": True})
+    except PassingError:
+        answer = await server.understands(CHAT, request, {})  # some answer 500 to a field that they do not know
     if isinstance(answer, Answer) and answer.prompt_ids and answer.answer_ids:
         return True
     server.extra_fields[CHAT] = {}
@@ -31,9 +40,12 @@ class TokenIds:
         A prompt usually begins with the tokens of the turns before it. Where the template renders those differently
         now (it drops earlier reasoning, say), their answers are no longer what the model said there: they are masked
         and counted.
+
+        Raises:
+            RowError: If there are none.
         """
         if answer.prompt_ids is None or answer.answer_ids is None:
-            raise ServerError("the server stopped returning token ids, expected them in every answer")
+            raise RowError("found an answer without token ids, expected them as in the answers before")
         if answer.prompt_ids[: len(self.ids)] == self.ids:
             self.labels += [IGNORED_LABEL] * (len(answer.prompt_ids) - len(self.ids))
         else:
