@@ -111,7 +111,7 @@ class Run:
         if self.settings.token_ids and not all(self.have_token_ids):
             say("warning: a server does not return token ids; rows hold text only")
             self.recipe = replace(self.recipe, token_ids=False)
-        self.files.expect_layout(self.recipe.format, self.recipe.token_ids)
+        self.files.expect_layout(self.recipe.format, self.recipe.token_ids, self.recipe.split_turns)
         if self.files.models and model not in self.files.models:
             known = ", ".join(self.files.models)
             say(f"warning: {self.files.output_path} has rows of {known}, and now gets rows of {model}")
@@ -201,12 +201,12 @@ class Run:
 
     def keep(self, conversation: Conversation) -> None:
         """Writes and counts a conversation."""
-        record = conversation.record()
-        self.files.append_conversation(record)
+        records = conversation.records()
+        self.files.append_conversation(*records)
         self.counts.succeeded += 1
         self.counts.add_ends(conversation)
-        self.counts.prompt_tokens += record["usage"]["prompt_tokens"]
-        self.counts.completion_tokens += record["usage"]["completion_tokens"]
+        self.counts.prompt_tokens += sum(record["usage"]["prompt_tokens"] for record in records)
+        self.counts.completion_tokens += sum(record["usage"]["completion_tokens"] for record in records)
         self.advance()
 
     def advance(self) -> None:

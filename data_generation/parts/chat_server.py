@@ -1,7 +1,7 @@
 """One OpenAI-compatible server: which model it has, what it understands, and its whole answers.
 
-Asks once for each call; retrying_server_pool.py decides about trying again. Knows nothing about files. No credentials are ever
-part of an error's text.
+Asks once for each call (twice for what it finds out at first); retrying_server_pool.py decides about trying again. Knows
+nothing about files. No credentials are ever part of an error's text.
 """
 
 import json
@@ -114,11 +114,15 @@ class ChatServer:
             The answer, or the reason for which the server refuses.
 
         Raises:
-            PassingError: If the server does not say.
+            PassingError: If the server does not say, twice.
         """
         self.extra_fields[path] = dict(fields)
+        request = {**body, "max_tokens": 1}
         try:
-            return await self.ask(path, {**body, "max_tokens": 1}, may_be_empty=True)
+            try:
+                return await self.ask(path, request, may_be_empty=True)
+            except PassingError:  # which says nothing about the fields, if it is not there again
+                return await self.ask(path, request, may_be_empty=True)
         except RowError as error:
             return str(error)
 

@@ -62,6 +62,9 @@ class Recipe:
     cut: str = field(
         metadata=flag("what to do with answers cut by max_tokens", "keep", choices=["keep", "mark", "drop"])
     )
+    split_turns: bool = field(
+        metadata=flag("write one row for each answer, with what was before it", False, action="store_true")
+    )
     tool_turns: str = field(
         metadata=flag(
             "tool calls and their results in the input: leave them out, keep them, or keep and mark them as not to be trained on",
@@ -154,6 +157,7 @@ class Conversation:
         self.messages: list[Turn] = []  # what the row keeps
         self.answers: list[Answer] = []  # those that the row keeps
         self.asked: list[Answer] = []  # everything that was paid for
+        self.answered_at: list[tuple[int, int]] = []  # turns before each answer, requests up to it
         self.cut_answers = 0
         self.tool_turns_left_out = 0
         self.ended_by = ""  # why there is no further answer, if that is to be known
@@ -212,6 +216,7 @@ class Conversation:
             reasoning, spoken = split_reasoning(answer)
             keeps_it = reasoning and recipe.thinking == "on"
             kept = f"{THINK}\n{reasoning}\n{END_THINK}\n\n{spoken}" if keeps_it else spoken
+        self.answered_at.append((len(self.history), len(self.asked)))
         self.history.append({"role": "assistant", "content": spoken})
         self.messages.append({"role": "assistant", "content": kept})
         self.answers.append(answer)
@@ -237,8 +242,8 @@ class Conversation:
         self.add({"role": "user", "content": text})
         return True
 
-    def record(self) -> dict[str, Any]:
-        """Returns the output row.
+    def records(self) -> list[dict[str, Any]]:
+        """Returns the output rows: one, or one for each answer.
 
         Raises:
             Skipped: If nothing is left of the conversation, as it was asked for.
@@ -251,20 +256,52 @@ class Conversation:
             raise Skipped("cut")
         was_dropped = self.ended_by == CUT_REASONING and recipe.cut == "drop"
         ends = [self.ended_by] if self.ended_by and not was_dropped else []
+        if recipe.split_turns:
+            return [self.answer_record(number, ends) for number in range(len(self.answers))]
         while self.messages[-1]["role"] != "assistant":
             self.messages.pop()  # what an answer that was dropped had been asked
         masks = [turn["role"] == "assistant" for turn in self.messages] if recipe.tool_turns == "mask" else None
+        return [
+            {
+                "id": self.row.id,
+                **format_turns(self.messages, recipe.format, masks),
+                **self.columns(self.answers, self.asked, ends, self.cut_answers > 0 or bool(self.ended_by)),
+                **(self.tokens.columns() if self.tokens else {}),
+            }
+        ]
+
+    def answer_record(self, number: int, ends: list[str]) -> dict[str, Any]:
+        """Returns the row of one answer: what the model was shown before it, and what it said, the only turn to train on."""
+        answer, is_last = self.answers[number], number == len(self.answers) - 1
+        place, until = self.answered_at[number]
+        since = self.answered_at[number - 1][1] if number else 0
+        turns = [*self.history[:place], self.messages[place]]
+        tokens = TokenIds()
+        if self.tokens:
+            tokens.extend(answer)
+        was_cut = answer.finish_reason == "length" or (is_last and bool(self.ended_by))
         return {
-            "id": self.row.id,
-            **format_turns(self.messages, recipe.format, masks),
-            "finish_reasons": [*(answer.finish_reason for answer in self.answers), *ends],
-            **({"cut": self.cut_answers > 0 or bool(self.ended_by)} if recipe.cut == "mark" else {}),
+            "id": f"{self.row.id}#{number + 1}",
+            "row": self.row.id,
+            "turn": number + 1,
+            "turns": len(self.answers),
+            **format_turns(turns, self.recipe.format, [False] * place + [True]),
+            **self.columns([answer], self.asked[since : None if is_last else until], ends if is_last else [], was_cut),
+            **(tokens.columns() if self.tokens else {}),
+        }
+
+    def columns(
+        self, answers: Sequence[Answer], asked: Sequence[Answer], ends: Sequence[str], was_cut: bool
+    ) -> dict[str, Any]:
+        """Returns what a row says of its answers and of all that was paid for."""
+        return {
+            "finish_reasons": [*(answer.finish_reason for answer in answers), *ends],
+            **({"cut": was_cut} if self.recipe.cut == "mark" else {}),
             "usage": {
-                "prompt_tokens": sum(answer.prompt_tokens for answer in self.asked),
-                "completion_tokens": sum(answer.completion_tokens for answer in self.asked),
+                "prompt_tokens": sum(answer.prompt_tokens for answer in asked),
+                "completion_tokens": sum(answer.completion_tokens for answer in asked),
             },
-            "model": self.answers[-1].model,
-            **(self.tokens.columns() if self.tokens else {}),
+            "model": answers[-1].model,
         }
 
 

@@ -114,10 +114,13 @@ class ServerPool:
             ServerError: If none can be reached, or one is misconfigured, or they have different models.
         """
         try:
-            results = await asyncio.gather(*map(self.connect, self.members), return_exceptions=True)
-            for error in results:
-                if isinstance(error, BaseException) and not isinstance(error, PassingError):
-                    raise error
+            results = await self.connect_all()
+            for attempt in range(self.max_retries):
+                is_there = any(isinstance(error, PassingError) and not error.unreachable for error in results)
+                if not is_there or not all(member.set_aside for member in self.members):
+                    break
+                await asyncio.sleep(backoff_wait_s(attempt, self.backoff_s))
+                results = await self.connect_all()
             if all(member.set_aside for member in self.members):
                 url = f"{self.members[0].server.url}/models"
                 raise ServerError(f"cannot reach {url} ({results[0]}); is the server up?")
@@ -128,6 +131,16 @@ class ServerPool:
             await self.close()
             raise
         return self
+
+    async def connect_all(self) -> list[PassingError | None]:
+        """Tries to take all servers in; returns why each is out of reach, or raises what cannot be used."""
+        results = await asyncio.gather(*map(self.connect, self.members), return_exceptions=True)
+        reasons: list[PassingError | None] = []
+        for error in results:
+            if isinstance(error, BaseException) and not isinstance(error, PassingError):
+                raise error
+            reasons.append(error)
+        return reasons
 
     async def __aexit__(self, *_: object) -> None:
         """Closes the connections."""

@@ -77,7 +77,7 @@ def test_every_flag_has_both_spellings() -> None:
     values |= {"model": "m", "tokenizer": "t", "thinking": "on", "format": "sharegpt", "cut": "drop"}
     values |= {"temperature": 0.5, "user_temperature": 0.5, "top_p": 0.5, "seed": 1, "limit": 1, "max_turns": 2}
     values |= {"num_threads": 2, "max_tokens": 2, "timeout_s": 2.0, "max_retries": 2, "backoff_s": 2.0}
-    values |= {"tool_turns": "keep"}
+    values |= {"tool_turns": "keep", "split_turns": True}
     values |= {"give_up_s": 2.0, "api_key_env": "K", "chat": True, "token_ids": True, "retry_failed": True}
     for separator in "_-":
         argv = ["--server", "http://x", "--server", "http://y"]

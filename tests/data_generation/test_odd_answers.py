@@ -159,3 +159,32 @@ def test_server_that_fails_while_it_is_asked_what_it_understands_is_not_taken_fo
         assert json.loads(work.output.read_text())["input_ids"]
     else:
         assert work.run_mode("--data_path", str(work.data), "--server", ill.url, "--max_turns", "1") == 0
+
+
+@pytest.mark.parametrize("mode", ["token ids", "user turns"])
+def test_one_failure_while_a_server_is_asked_what_it_understands_changes_nothing(
+    work: Workdir, server: FakeServer, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    server.has_token_ids = True
+    failures = [fault(503)]
+    chat, complete = server.chat, server.complete
+    monkeypatch.setattr(server, "chat", lambda request: failures.pop() if failures else chat(request))
+    monkeypatch.setattr(server, "complete", lambda request: failures.pop() if failures else complete(request))
+    work.write({"id": "a", "prompt": "one"})
+    if mode == "token ids":
+        assert work.run("--token_ids") == 0
+        assert work.rows()["a"]["input_ids"]
+    else:
+        server.user_turns = ["two<|im_end|>"]
+        assert work.run_mode("--data_path", str(work.data), "--max_turns", "2") == 0
+        assert server.completions[0]["skip_special_tokens"] is False
+
+
+def test_server_that_is_still_loading_is_waited_for(
+    work: Workdir, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, listed = [fault(503, "Loading model")] * 3, server.models
+    listing = property(lambda _: loading.pop() if loading else listed, lambda *_: None)
+    monkeypatch.setattr(FakeServer, "models", listing, raising=False)
+    work.write({"prompt": "one"})
+    assert work.run("--max_retries", "3") == 0

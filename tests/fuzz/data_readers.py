@@ -256,8 +256,8 @@ HEADER = b"Fri, 27 Nov 2026 06:00:00 GMT"
 
 
 def read_answer(directory: Path) -> None:
-    raw = (directory / "answer.json").read_bytes()
-    answer = chat_answer.read_answer(raw, "m", 9, repr, may_be_empty=True)
+    server = ChatServer(None, "http://127.0.0.1:1/v1", None)  # type: ignore[arg-type]
+    answer = chat_answer.read_answer((directory / "answer.json").read_bytes(), "m", 9, server.quote, may_be_empty=True)
     assert isinstance(answer.text, str) and isinstance(answer.reasoning, str)
     json.dumps([answer.text, answer.finish_reason, answer.prompt_ids, answer.answer_ids], ensure_ascii=False).encode()
     assert all(
