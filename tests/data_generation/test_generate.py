@@ -585,7 +585,7 @@ def test_data_with_a_token_in_its_address_is_reported_without_it(work: Workdir, 
 def test_commands_find_their_own_modules_where_another_package_has_their_name(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "__init__.py").touch()
-    for script in ("generate", "convert_to_sharegpt", "split", "combine"):
+    for script in ("generate", "convert_to_sharegpt", "clean", "split", "combine"):
         command = [sys.executable, str(SCRIPT.with_name(f"{script}.py")), "--help"]
         env = {**os.environ, "PYTHONPATH": str(tmp_path)}
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60)
