@@ -18,8 +18,8 @@ from parts.command_line import flag, parse_flags, speaker
 from parts.conversation_rows import dump_row, format_turns
 from parts.file_command import check_paths, run_command, write_whole
 from parts.json_lines import JsonLines, draft_path
-from parts.prompt_files import InputError, Turn, parse_id, parse_json
-from parts.raw_rows import ARCHIVES, read_array, read_lines
+from parts.prompt_files import InputError, Turn, parse_id
+from parts.raw_rows import parse_record, read_records
 from parts.turn_reader import SplitText
 
 say = speaker(__file__)
@@ -63,26 +63,9 @@ class Counts:
         return f"{parts}; {self.cut} with a cut answer, {self.stopped_early} used up to a turn out of place"
 
 
-def parse_line(line: str, where: str) -> Any:
-    """Parses a line; one that is no JSON is returned as the error, so that it stops nothing."""
-    try:
-        return parse_json(line, where)
-    except InputError as error:
-        return error
-
-
-def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Streams the rows, each with its place."""
-    kind = (path.with_suffix("") if path.suffix.lower() in ARCHIVES else path).suffix.lower()
-    if kind not in (".json", ".jsonl"):
-        raise InputError(f"{path}: found the ending '{kind}', expected .jsonl or .json; rename it")
-    return read_array(path) if kind == ".json" else read_lines(path, parse_line)
-
-
 def parse_text(record: Any, where: str) -> tuple[str, str]:
     """Returns id and text of a row, or raises InputError."""
-    if isinstance(record, InputError):
-        raise record
+    record = parse_record(record)
     row_id, text = "", record
     if isinstance(record, dict):
         row_id, text = parse_id(record, where)[0], record.get("text")

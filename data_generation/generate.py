@@ -16,9 +16,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from parts.chat_server import DEFAULT_API_KEY_ENV, ChatServer, RowError, ServerError, read_api_key
+from parts.chat_server import DEFAULT_API_KEY_ENV, ChatServer, read_api_key
 from parts.chat_template import ChatTemplate
 from parts.command_line import flag, number, parse_flags, speaker
+from parts.context_room import ContextRoom, fit_max_tokens
 from parts.conversation_files import OutputFiles, prompt_key
 from parts.conversations import (
     Conversation,
@@ -26,13 +27,15 @@ from parts.conversations import (
     Skipped,
     answer_input,
     continue_input,
-    returns_token_ids,
     settle_user_turns,
     write_from_scratch,
 )
 from parts.prompt_files import InputError, Row, check_rows, id_key, read_rows
 from parts.retrying_server_pool import ServerPool, Stopped
+from parts.run_counts import Counts
 from parts.secrets import without_secrets
+from parts.server_errors import ContextOverflowError, RowError, ServerError
+from parts.token_ids import returns_token_ids
 
 DEFAULT_SERVER = "http://127.0.0.1:8000/v1"
 say = speaker(__file__)
@@ -70,43 +73,13 @@ class Settings(Recipe):
             raise InputError("found --from_scratch with --chat, --split or --limit, which are for prompts that exist")
         if self.token_ids and self.thinking == "strip":
             raise InputError("found --token_ids with --thinking strip: the ids hold the reasoning; choose on or off")
+        if self.tool_turns != "skip" and not self.chat:
+            raise InputError(f"found --tool_turns {self.tool_turns} without --chat, which answers them; add --chat")
+        if self.tool_turns != "skip" and self.format == "sharegpt":
+            expected = "expected --format messages, since the other layout has no words for tools"
+            raise InputError(f"found --tool_turns {self.tool_turns} with --format sharegpt, {expected}")
         if self.data_path and self.output_path.resolve() == Path(self.data_path).resolve():
             raise InputError(f"found {self.data_path} as --data_path and --output_path, expected two files")
-
-
-@dataclass
-class Counts:
-    """What became of the input rows in this run; tokens are those of the conversations written."""
-
-    input_rows: int = 0
-    succeeded: int = 0
-    failed: int = 0
-    skipped_already_done: int = 0
-    skipped_failed_before: int = 0
-    skipped_left_out_before: int = 0
-    skipped_duplicates: int = 0
-    skipped_unusable: int = 0
-    skipped_cut: int = 0
-    cut_answers: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    @property
-    def skipped(self) -> int:
-        """Rows neither written nor failed."""
-        return sum(getattr(self, name.name) for name in fields(self) if name.name.startswith("skipped_"))
-
-    @property
-    def left(self) -> int:
-        """Rows not dealt with, 0 unless the run was interrupted: succeeded + failed + skipped + left = input_rows."""
-        return self.input_rows - self.succeeded - self.failed - self.skipped
-
-    def summary(self) -> str:
-        """Returns what a user wants to know at the end, in one line."""
-        parts = [f"{getattr(self, name)} {name}" for name in ("succeeded", "failed", "skipped")]
-        parts += [f"{self.left} left"] if self.left else []
-        cut = f"; {self.cut_answers} answers cut" if self.cut_answers else ""
-        return f"{', '.join(parts)} of {self.input_rows} rows; {self.completion_tokens} tokens written{cut}"
 
 
 class Run:
@@ -119,6 +92,7 @@ class Run:
         self.template: ChatTemplate | None = None
         self.have_token_ids: list[bool] = []
         self.interrupts = 0
+        self.room = ContextRoom()
         self.started = time.monotonic()
         self.bar = tqdm(total=counts.input_rows, unit="row", dynamic_ncols=True, smoothing=0)
 
@@ -137,7 +111,7 @@ class Run:
         if self.settings.token_ids and not all(self.have_token_ids):
             say("warning: a server does not return token ids; rows hold text only")
             self.recipe = replace(self.recipe, token_ids=False)
-        self.files.expect_layout(self.recipe.format, self.recipe.token_ids)
+        self.files.expect_layout(self.recipe.format, self.recipe.token_ids, self.recipe.split_turns)
         if self.files.models and model not in self.files.models:
             known = ", ".join(self.files.models)
             say(f"warning: {self.files.output_path} has rows of {known}, and now gets rows of {model}")
@@ -184,20 +158,30 @@ class Run:
         for row in rows:
             conversation = Conversation(row, pool, self.recipe, self.template)
             try:
-                await self.converse(conversation)
+                await self.converse_or_see_why(conversation, pool)
                 self.keep(conversation)
             except RowError as error:
                 self.files.append_failed(row.id, str(error))
                 self.counts.failed += 1
+                self.counts.add_ends(conversation)
                 self.advance()
             except Skipped as skipped:
                 self.files.append_skipped(row.id, str(skipped))
-                self.counts.cut_answers += conversation.cut_answers
+                self.counts.add_ends(conversation)
                 self.skip({"cut": "cut", "duplicate": "duplicates"}.get(str(skipped), "unusable"))
             except Stopped:
                 return
             if self.interrupts:
                 return
+
+    async def converse_or_see_why(self, conversation: Conversation, pool: ServerPool) -> None:
+        """Makes a conversation; where its first prompt overflows the context, sees whether that is the prompt's fault."""
+        try:
+            await self.converse(conversation)
+        except ContextOverflowError:
+            await self.room.expect(pool, self.recipe.max_tokens)
+            raise
+        self.room.is_known = True
 
     async def converse(self, conversation: Conversation) -> None:
         """Makes a conversation in the mode that the flags ask for."""
@@ -217,12 +201,12 @@ class Run:
 
     def keep(self, conversation: Conversation) -> None:
         """Writes and counts a conversation."""
-        record = conversation.record()
-        self.files.append_conversation(record)
+        records = conversation.records()
+        self.files.append_conversation(*records)
         self.counts.succeeded += 1
-        self.counts.cut_answers += conversation.cut_answers
-        self.counts.prompt_tokens += record["usage"]["prompt_tokens"]
-        self.counts.completion_tokens += record["usage"]["completion_tokens"]
+        self.counts.add_ends(conversation)
+        self.counts.prompt_tokens += sum(record["usage"]["prompt_tokens"] for record in records)
+        self.counts.completion_tokens += sum(record["usage"]["completion_tokens"] for record in records)
         self.advance()
 
     def advance(self) -> None:
@@ -308,12 +292,14 @@ async def generate(settings: Settings, counts: Counts, files: OutputFiles) -> tu
             give_up_s=settings.give_up_s,
         ) as pool:
             run.settle_layout(pool.name)
+            fitted = fit_max_tokens(settings.max_tokens, pool.context_tokens, say)
+            run.recipe = replace(run.recipe, max_tokens=fitted)
             await run.run(pool)
     return run.report(pool), run.interrupts > 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0 if no row failed, 1 if some did, 2 for an error, 130 after Ctrl-C."""
+    """Runs the command; returns 0 if no row failed, 1 if some did, 2 for an error or a useless input, 130 after Ctrl-C."""
     settings, counts = parse_flags(Settings, __doc__, argv), Counts()
     try:
         settings.check()
@@ -337,6 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if counts.failed:
         say(f"error: {counts.failed} of {counts.input_rows} rows failed; {files.failed_path} says why")
         return 1
+    if counts.nothing_usable:
+        say(f"error: none of the {counts.input_rows} rows gave a conversation; {files.skipped_path} says why")
+        return 2
     return 0
 
 

@@ -1,7 +1,7 @@
 """One OpenAI-compatible server: which model it has, what it understands, and its whole answers.
 
-Asks once for each call; retrying_server_pool.py decides about trying again. Knows nothing about files. No credentials are ever
-part of an error's text.
+Asks once for each call (twice for what it finds out at first); retrying_server_pool.py decides about trying again. Knows
+nothing about files. No credentials are ever part of an error's text.
 """
 
 import json
@@ -9,70 +9,21 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from reprlib import repr as shorten
 from typing import Any
 
 import aiohttp
 
-from parts.raw_rows import parse_json
+from parts.chat_answer import RETRIED_STATUSES, Answer, is_overflow, listed_context, read_answer, read_models
 from parts.secrets import HIDDEN, split_credentials, without_secrets
+from parts.server_errors import ContextOverflowError, NotListedError, PassingError, RowError, ServerError
 
-RETRIED_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})
-BROKEN_OFF = frozenset({"abort", "content_filter", "error"})  # finish reasons of an answer that is not whole
 LONGEST_WAIT_S = 3600.0  # of a Retry-After; a server that asks for more is asked again after it
 MAX_ANSWER_BYTES = 1 << 26
+MOST_TOKENS = 1 << 31  # of an answer whose length is not bounded
 CHAT, COMPLETIONS = "chat/completions", "completions"
 DEFAULT_API_KEY_ENV = "OPENAI_API_KEY"
-
-
-class ServerError(RuntimeError):
-    """A server that cannot be used at all; the user sees the text as it is."""
-
-
-class RowError(Exception):
-    """A request that got no whole answer; the text is the reason that is recorded."""
-
-
-class PassingError(Exception):
-    """A failure that another try may mend.
-
-    Args:
-        reason: What happened.
-        retry_after_s: The wait that the server asks for, 0 if it does not.
-        unreachable: Whether the request did not even reach the server.
-    """
-
-    def __init__(self, reason: str, retry_after_s: float = 0.0, unreachable: bool = False) -> None:
-        """Keeps the arguments as attributes."""
-        super().__init__(reason)
-        self.retry_after_s, self.unreachable = retry_after_s, unreachable
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One answer of a server.
-
-    Args:
-        text: What the model said.
-        finish_reason: "stop", "length" or what else the server calls it.
-        prompt_tokens: Length of the prompt, 0 if the server does not report it.
-        completion_tokens: Length of the answer, 0 if the server does not report it.
-        model: Name of the model that was asked.
-        reasoning: What the server reports apart from the text as the model's reasoning, "" if nothing.
-        prompt_ids: Token ids of the prompt, None if the server does not return them.
-        answer_ids: Token ids of the answer with its end-of-turn token, None if the server does not return them.
-    """
-
-    text: str
-    finish_reason: str | None
-    prompt_tokens: int
-    completion_tokens: int
-    model: str
-    reasoning: str = ""
-    prompt_ids: list[int] | None = None
-    answer_ids: list[int] | None = None
 
 
 def asked_wait_s(retry_after: str | None) -> float:
@@ -87,11 +38,6 @@ def asked_wait_s(retry_after: str | None) -> float:
         except (ValueError, TypeError, IndexError, OverflowError, OSError):
             return 0.0
     return min(wait_s, LONGEST_WAIT_S) if 0 < wait_s < math.inf else 0.0
-
-
-def are_tokens(ids: Any) -> bool:
-    """Tells whether token ids are a list of whole numbers, or not there."""
-    return ids is None or (isinstance(ids, list) and all(type(index) is int and 0 <= index < 1 << 31 for index in ids))
 
 
 def read_api_key(variable: str) -> str:
@@ -124,13 +70,14 @@ class ChatServer:
         self.session, self.url = session, url.rstrip("/")
         self.secrets = [*credentials, *filter(None, [api_key])]
         self.wanted_model, self.model, self.model_root = model, model or "", ""
+        self.context_tokens = 0  # 0 if the server does not list it
         self.headers = {"Content-Type": "application/json"}
         if self.secrets:
             self.headers["Authorization"] = f"Basic {credentials[0]}" if credentials else f"Bearer {api_key}"
         self.extra_fields: dict[str, dict[str, Any]] = {CHAT: {}, COMPLETIONS: {}}
 
     async def find_model(self) -> None:
-        """Checks that the server is there, and settles `model` and `model_root`.
+        """Checks that the server is there, and settles `model`, `model_root` and `context_tokens`.
 
         Raises:
             PassingError: If the server is out of reach.
@@ -141,31 +88,42 @@ class ChatServer:
         listed = 200 <= status < 300
         if not listed and self.wanted_model and status not in (401, 403):
             return  # some servers list no models but answer
+        if status in RETRIED_STATUSES:
+            raise PassingError(f"HTTP {status}: {self.quote(raw)}")
         if not listed:
             hint = "check the URL and the API key, and name the model with --model if the server lists none"
-            raise ServerError(f"{url}: found HTTP {status}, expected a list of models; {hint}")
+            error_kind = ServerError if status in (401, 403) else NotListedError
+            raise error_kind(f"{url}: found HTTP {status}, expected a list of models; {hint}")
         try:
-            entries = {str(entry["id"]): str(entry.get("root") or "") for entry in parse_json(raw, "list")["data"]}
+            entries = read_models(raw)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if self.wanted_model:
                 return
-            raise ServerError(f"{url}: found {self.quote(raw)!r}, expected a list of models") from error
+            raise NotListedError(f"{url}: found {self.quote(raw)!r}, expected a list of models") from error
         names = list(entries)
         if not self.wanted_model and len(names) != 1:
             raise ServerError(f"{url}: found {len(names)} models {shorten(names)}, expected one; choose with --model")
         self.model = self.wanted_model or names[0]
-        self.model_root = entries.get(self.model, "")
+        self.model_root = str(entries.get(self.model, {}).get("root") or "")
+        self.context_tokens = listed_context(entries, self.model)
 
     async def understands(self, path: str, body: Mapping[str, Any], fields: Mapping[str, Any]) -> Answer | str:
         """Asks for one token to see whether the server accepts a request with these further fields.
 
         Returns:
-            The answer, or the reason for which there is none.
+            The answer, or the reason for which the server refuses.
+
+        Raises:
+            PassingError: If the server does not say, twice.
         """
         self.extra_fields[path] = dict(fields)
+        request = {**body, "max_tokens": 1}
         try:
-            return await self.ask(path, {**body, "max_tokens": 1}, may_be_empty=True)
-        except (RowError, PassingError) as error:
+            try:
+                return await self.ask(path, request, may_be_empty=True)
+            except PassingError:  # which says nothing about the fields, if it is not there again
+                return await self.ask(path, request, may_be_empty=True)
+        except RowError as error:
             return str(error)
 
     async def ask(self, path: str, body: Mapping[str, Any], *, may_be_empty: bool = False) -> Answer:
@@ -178,13 +136,17 @@ class ChatServer:
 
         Raises:
             PassingError: If another try may give the answer.
-            RowError: If none will.
+            ContextOverflowError: If the request does not fit into the server's context.
+            RowError: If no try will give the answer.
         """
         request = json.dumps({"model": self.model, **body, **self.extra_fields[path]}).encode()
         status, raw, retry_after = await self.exchange("POST", f"{self.url}/{path}", request)
         if 200 <= status < 300:
-            return self.parse_answer(raw, may_be_empty)
+            most = body.get("max_tokens") or MOST_TOKENS
+            return read_answer(raw, self.model, most, self.quote, may_be_empty=may_be_empty)
         reason = f"HTTP {status}: {self.quote(raw)}"
+        if is_overflow(status, raw.decode(errors="replace")):
+            raise ContextOverflowError(reason)
         if status in RETRIED_STATUSES:
             raise PassingError(reason, asked_wait_s(retry_after))
         raise RowError(reason)
@@ -206,44 +168,6 @@ class ChatServer:
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             unreachable = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
             raise PassingError(f"{type(error).__name__}: {error}".rstrip(": "), unreachable=unreachable) from error
-
-    def parse_answer(self, raw: bytes, may_be_empty: bool) -> Answer:
-        """Reads a response; raises RowError if it says that there is no whole answer, PassingError if it is none."""
-        try:
-            body = parse_json(raw, "answer")
-            choice = body["choices"][0]
-            message = choice["message"] if "message" in choice else {"content": choice["text"]}
-            text, finish_reason = message.get("content"), choice.get("finish_reason")
-            reasoning = message.get("reasoning") or message.get("reasoning_content") or ""
-            usage = body.get("usage") or {}
-            prompt_tokens, completion_tokens = (
-                int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")
-            )
-            prompt_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
-            f"{text}{reasoning}{finish_reason}".encode()  # half of a surrogate pair could not be written
-            if not isinstance(finish_reason, str | None):
-                raise TypeError("finish_reason is no string")
-            if not isinstance(text, str | None):
-                raise TypeError("the text is no string")
-            answer_ids = choice.get("token_ids")
-            if not (are_tokens(prompt_ids) and are_tokens(answer_ids)):
-                raise TypeError("token ids are no whole numbers")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-            raise PassingError(f"found {self.quote(raw)!r}, expected a completion") from error
-        if finish_reason in BROKEN_OFF:
-            raise RowError(f"found the finish_reason {finish_reason!r}, expected a whole answer")
-        if not may_be_empty and not (isinstance(text, str) and text.strip()):
-            raise RowError(f"found an empty answer (finish_reason {finish_reason!r}), expected text")
-        return Answer(
-            text or "",
-            finish_reason,
-            prompt_tokens,
-            completion_tokens,
-            self.model,
-            str(reasoning),
-            prompt_ids,
-            answer_ids,
-        )
 
     def quote(self, raw: bytes) -> str:
         """Returns the beginning of a response for a message, without the credentials if the server echoes them."""

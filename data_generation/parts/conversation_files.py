@@ -26,10 +26,17 @@ class Layout(NamedTuple):
 
     format: str
     token_ids: bool
+    split_turns: bool = False
 
     def __str__(self) -> str:
         """Says it for messages."""
-        return f"{self.format} with{'' if self.token_ids else 'out'} token ids"
+        rows = ", a row for each answer" if self.split_turns else ""
+        return f"{self.format} with{'' if self.token_ids else 'out'} token ids{rows}"
+
+
+def row_of(record: dict[str, Any]) -> str:
+    """Returns the id of the input row that a record is of."""
+    return str(record.get("row", record["id"]))
 
 
 def prompt_key(prompt: str) -> int:
@@ -122,25 +129,26 @@ class OutputFiles:
         finally:
             self._close()
 
-    def expect_layout(self, format: str, token_ids: bool) -> None:
+    def expect_layout(self, format: str, token_ids: bool, split_turns: bool = False) -> None:
         """Raises InputError if the output has rows of another layout than this run will write."""
-        wanted = Layout(format, token_ids)
+        wanted = Layout(format, token_ids, split_turns)
         for layout, count in self._layouts.items():
             if layout != wanted:
                 found = f"{self.output_path}:{count}: found a row in the layout {layout}"
                 raise InputError(f"{found}, expected {wanted}; choose another --output_path or the flags of that run")
 
-    def append_conversation(self, record: dict[str, Any]) -> None:
-        """Writes a conversation.
+    def append_conversation(self, *records: dict[str, Any]) -> None:
+        """Writes a conversation: one record, or one for each answer, of which the last says that it is whole.
 
         Raises:
-            ValueError: If the record cannot be read back; nothing is then written.
+            ValueError: If a record cannot be read back; nothing is then written.
             OSError: If it could not be written as a whole.
         """
-        if next(iter(record), None) != "id" or not isinstance(record["id"], str) or "finish_reasons" not in record:
-            raise ValueError(f"found the fields {list(record)}, expected 'id', a text, first and 'finish_reasons'")
-        self._conversations.append(record)
-        self._settle(record["id"])
+        for record in records:
+            if next(iter(record), None) != "id" or not isinstance(record["id"], str) or "finish_reasons" not in record:
+                raise ValueError(f"found the fields {list(record)}, expected 'id', a text, first and 'finish_reasons'")
+        self._conversations.append(*records)
+        self._settle(row_of(records[-1]))
 
     def append_failed(self, row_id: str, reason: str) -> None:
         """Writes down why a row failed; characters that cannot be written become '?'."""
@@ -184,13 +192,18 @@ class OutputFiles:
         repeated = 0
         first_repeated = ""
         for count, record in self._conversations.read():
-            key = id_key(record["id"])
+            if record.get("turn") != record.get("turns"):
+                continue  # the row is done with its last turn
+            key = id_key(row_of(record))
             if key in self.done:
                 repeated += 1
                 first_repeated = first_repeated or f"'{record['id']}' in line {count}"
             self.done.add(key)
             self._layouts.setdefault(
-                Layout("sharegpt" if "conversations" in record else "messages", "input_ids" in record), count
+                Layout(
+                    "sharegpt" if "conversations" in record else "messages", "input_ids" in record, "turns" in record
+                ),
+                count,
             )
             self.models[str(record.get("model"))] += 1
             if self.with_prompts:

@@ -10,12 +10,14 @@ from reprlib import repr as shorten
 from typing import Any
 
 from parts.conversation_files import prompt_key
-from parts.prompt_files import InputError, Turn, id_key, parse_json, parse_turns
+from parts.input_turns import Turn, parse_turns, said, sent_form
+from parts.prompt_files import InputError, id_key, parse_json
 
 TURN_LAYOUTS = ("messages", "conversations")
 LAYOUTS = (*TURN_LAYOUTS, "input_ids", "text", "prompt")  # the first that is there counts
 SHAREGPT_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 IGNORED_LABEL = -100
+TRAINED = "train"  # of a turn; to be named as axolotl's message_field_training
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +48,19 @@ def dump_row(record: dict[str, Any]) -> bytes:
         return json.dumps(record).encode() + b"\n"
 
 
-def format_turns(turns: Sequence[Turn], layout: str) -> dict[str, Any]:
-    """Returns the column with the turns of a row in the layout "messages" or "sharegpt"."""
+def format_turns(turns: Sequence[Turn], layout: str, trained: Sequence[bool] | None = None) -> dict[str, Any]:
+    """Returns the column with the turns of a row.
+
+    Args:
+        turns: The turns.
+        layout: "messages" or "sharegpt"; the latter has no words for tools, so that there are none.
+        trained: Adds to each turn whether it is to be trained on, under the name TRAINED.
+    """
+    marks: list[dict[str, Any]] = [{}] * len(turns) if trained is None else [{TRAINED: mark} for mark in trained]
     if layout == "messages":
-        return {"messages": list(turns)}
-    return {"conversations": [{"from": SHAREGPT_SPEAKERS[turn["role"]], "value": turn["content"]} for turn in turns]}
+        return {"messages": [{**sent_form(turn), **mark} for turn, mark in zip(turns, marks, strict=True)]}
+    named = [{"from": SHAREGPT_SPEAKERS[turn["role"]], "value": turn["content"]} for turn in turns]
+    return {"conversations": [{**turn, **mark} for turn, mark in zip(named, marks, strict=True)]}
 
 
 def token_prompt(record: dict[str, Any], where: str) -> list[int]:
@@ -81,7 +91,7 @@ def parse_conversation(line: str | bytes, where: str) -> ConversationRow:
     if layout in TURN_LAYOUTS:
         turns = parse_turns(record, where)
         prompt = next((turn["content"] for turn in turns if turn["role"] == "user"), "")
-        content = json.dumps([[turn["role"], turn["content"]] for turn in turns])
+        content = json.dumps([[turn["role"], said(turn)] for turn in turns])
         keys = prompt_key(prompt or content), id_key(content)
     elif layout == "input_ids":
         content = json.dumps([record["input_ids"], record.get("labels")])

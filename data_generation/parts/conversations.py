@@ -10,15 +10,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from parts.chat_server import CHAT, COMPLETIONS, Answer, ChatServer, RowError, ServerError
+from parts.chat_answer import Answer
+from parts.chat_server import CHAT, COMPLETIONS, ChatServer
 from parts.chat_template import ChatTemplate
 from parts.command_line import flag, number
-from parts.conversation_rows import IGNORED_LABEL, format_turns
-from parts.prompt_files import Row, Turn
+from parts.context_room import DEFAULT_MAX_TOKENS
+from parts.conversation_rows import format_turns
+from parts.input_turns import TOOL_ROLES, Turn, sent_form
+from parts.prompt_files import Row
+from parts.reasoning import END_THINK, THINK, is_cut_reasoning, lacks_answer, split_reasoning
 from parts.retrying_server_pool import ServerPool
+from parts.server_errors import ContextOverflowError, PassingError, RowError, ServerError
+from parts.token_ids import TokenIds
 
 USER_MAX_TOKENS = 512  # a longer user turn is no prompt; those cut here are not used
-THINK, END_THINK = "<think>", "</think>"
+CUT_REASONING, CONTEXT_FULL = "cut_reasoning", "context_full"
+"""Last of the finish reasons of a conversation that ends before its end: the length limit cut the thoughts before an
+answer, or the server's context could not hold the next one."""
 
 
 class Skipped(Exception):  # noqa: N818 - not an error: the row is left out as it was asked for
@@ -29,7 +37,12 @@ class Skipped(Exception):  # noqa: N818 - not an error: the row is left out as i
 class Recipe:
     """How conversations are made; max_tokens and temperature default to the first Medusa generator's values."""
 
-    max_tokens: int = field(metadata=flag("longest answer, in tokens", 2048, type=number(int, 1)))
+    max_tokens: int | None = field(
+        metadata=flag(
+            f"longest answer, in tokens (default: {DEFAULT_MAX_TOKENS}, or half of the context that the server lists)",
+            type=number(int, 1),
+        )
+    )
     temperature: float = field(metadata=flag("sampling temperature of answers", 0.3, type=number(float, 0)))
     top_p: float | None = field(metadata=flag("nucleus sampling (default: the server's)", type=number(float, 0, 1)))
     seed: int = field(metadata=flag("mixed into the seed of every request (default: 0)", 0, type=number(int, 0)))
@@ -49,6 +62,16 @@ class Recipe:
     cut: str = field(
         metadata=flag("what to do with answers cut by max_tokens", "keep", choices=["keep", "mark", "drop"])
     )
+    split_turns: bool = field(
+        metadata=flag("write one row for each answer, with what was before it", False, action="store_true")
+    )
+    tool_turns: str = field(
+        metadata=flag(
+            "tool calls and their results in the input: leave them out, keep them, or keep and mark them as not to be trained on",
+            "skip",
+            choices=["skip", "keep", "mask"],
+        )
+    )
 
     def sampling(self, row: Row, request: int, temperature: float, max_tokens: int) -> dict[str, Any]:
         """Returns the sampling fields of the row's `request`-th request, the same in every run."""
@@ -64,37 +87,33 @@ class Recipe:
         return {} if self.thinking is None else {"enable_thinking": self.thinking != "off"}
 
 
-def turns_to_send(turns: Sequence[Turn], chat: bool) -> list[Turn]:
-    """Returns the system and user turns up to the first user turn; with `chat`, up to the last."""
-    sent = [turn for turn in turns if turn["role"] != "assistant"]
-    users = [index for index, turn in enumerate(sent) if turn["role"] == "user"]
-    return sent[: users[-1 if chat else 0] + 1]
+def first_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """Returns the system and user turns up to the first user turn."""
+    sent = [turn for turn in turns if turn["role"] in ("system", "user")]
+    return sent[: next(index for index, turn in enumerate(sent) if turn["role"] == "user") + 1]
 
 
-def split_reasoning(answer: Answer) -> tuple[str, str]:
-    """Returns the reasoning of an answer, "" if there is none, and what is said after it.
+def turns_to_answer(turns: Sequence[Turn], with_tools: bool) -> list[tuple[Turn, bool]]:
+    """Returns the turns of the input that are sent, each with whether an answer is asked for after it.
 
-    Servers with a reasoning parser report it apart; others leave it in the text, where the opening tag is missing if
-    the chat template has it in the prompt.
+    Args:
+        turns: All turns of the input.
+        with_tools: Whether tool calls and results are sent. The answer then comes after the last result of a round; a
+            call without a result would leave nothing to answer, and is left out.
     """
-    if answer.reasoning:
-        return answer.reasoning.strip(), answer.text.strip()
-    reasoning, end, spoken = answer.text.partition(END_THINK)
-    if end:
-        return reasoning.replace(THINK, "", 1).strip(), spoken.strip()
-    if answer.text.lstrip().startswith(THINK):
-        raise RowError("found an answer cut while the model was reasoning, expected a larger --max_tokens")
-    return "", answer.text
-
-
-async def returns_token_ids(server: ChatServer) -> bool:
-    """Asks a server for the token ids of its answers, from now on; returns whether it sends them."""
-    request = {"messages": [{"role": "user", "content": "Hi"}]}
-    answer = await server.understands(CHAT, request, {"return_token_ids": True})
-    if isinstance(answer, Answer) and answer.prompt_ids and answer.answer_ids:
-        return True
-    server.extra_fields[CHAT] = {}
-    return False
+    roles = ("system", "user", *(TOOL_ROLES if with_tools else ()))
+    following = [turn["role"] for turn in turns[1:]] + [""]
+    sent = [
+        turn
+        for turn, after in zip(turns, following, strict=True)
+        if turn["role"] in roles and (turn["role"] != "call" or after == "tool")
+    ]
+    following = [turn["role"] for turn in sent[1:]] + [""]
+    steps = [
+        (turn, turn["role"] in ("user", "tool") and after not in TOOL_ROLES)
+        for turn, after in zip(sent, following, strict=True)
+    ]
+    return steps[: max(index for index, (_, asks) in enumerate(steps) if asks) + 1]
 
 
 async def settle_user_turns(server: ChatServer, template: ChatTemplate) -> None:
@@ -102,52 +121,23 @@ async def settle_user_turns(server: ChatServer, template: ChatTemplate) -> None:
 
     Raises:
         ServerError: If the server has no completions of plain text.
+        PassingError: If it does not say.
     """
     request = {"prompt": template.user_prompt([])}
     stop = {"stop": [template.user_stop]} if template.user_stop else {}
     for fields in ({**stop, "skip_special_tokens": False}, stop, {}):
-        answer = await server.understands(COMPLETIONS, request, fields)
+        passing: PassingError | None = None
+        try:
+            answer = await server.understands(COMPLETIONS, request, fields)
+        except PassingError as error:
+            passing = error
+            continue  # some servers answer 500 to a field that they do not know
         if isinstance(answer, Answer):
             return
+    if passing:
+        raise passing
     expected = "expected /completions, with which the model writes user turns; use --chat"
     raise ServerError(f"{server.url}/{COMPLETIONS}: found {answer}, {expected}")
-
-
-class TokenIds:
-    """What the server saw and said, as the columns that axolotl trains on without tokenising."""
-
-    def __init__(self) -> None:
-        """Starts with no tokens."""
-        self.ids: list[int] = []
-        self.labels: list[int] = []
-        self.answers = self.masked_answers = 0
-
-    def extend(self, answer: Answer) -> None:
-        """Appends a prompt and its answer.
-
-        A prompt usually begins with the tokens of the turns before it. Where the template renders those differently
-        now (it drops earlier reasoning, say), their answers are no longer what the model said there: they are masked
-        and counted.
-        """
-        if answer.prompt_ids is None or answer.answer_ids is None:
-            raise ServerError("the server stopped returning token ids, expected them in every answer")
-        if answer.prompt_ids[: len(self.ids)] == self.ids:
-            self.labels += [IGNORED_LABEL] * (len(answer.prompt_ids) - len(self.ids))
-        else:
-            self.masked_answers = self.answers
-            self.labels = [IGNORED_LABEL] * len(answer.prompt_ids)
-        self.ids = answer.prompt_ids + answer.answer_ids
-        self.labels += answer.answer_ids
-        self.answers += 1
-
-    def columns(self) -> dict[str, Any]:
-        """Returns the columns of the row."""
-        return {
-            "input_ids": self.ids,
-            "attention_mask": [1] * len(self.ids),
-            "labels": self.labels,
-            "masked_answers": self.masked_answers,
-        }
 
 
 class Conversation:
@@ -167,33 +157,68 @@ class Conversation:
         self.messages: list[Turn] = []  # what the row keeps
         self.answers: list[Answer] = []  # those that the row keeps
         self.asked: list[Answer] = []  # everything that was paid for
+        self.answered_at: list[tuple[int, int]] = []  # turns before each answer, requests up to it
         self.cut_answers = 0
+        self.tool_turns_left_out = 0
+        self.ended_by = ""  # why there is no further answer, if that is to be known
         self.tokens = TokenIds() if recipe.token_ids else None
 
-    def add(self, role: str, text: str, kept_text: str | None = None) -> None:
-        """Appends a turn; `kept_text` is what the row keeps of it, if not the same."""
-        self.history.append({"role": role, "content": text})
-        self.messages.append({"role": role, "content": text if kept_text is None else kept_text})
+    def add(self, turn: Turn) -> None:
+        """Appends a turn of the input."""
+        self.history.append(sent_form(turn))
+        self.messages.append(turn)
+
+    async def ask(self, path: str, request: dict[str, Any], *, may_be_empty: bool = False) -> Answer | None:
+        """Asks one of the servers.
+
+        Returns:
+            The answer; None where the context cannot hold it, after answers that are worth keeping.
+
+        Raises:
+            RowError: If no whole answer came.
+        """
+        try:
+            self.asked.append(await self.pool.ask(path, request, may_be_empty=may_be_empty))
+        except ContextOverflowError:
+            if not self.answers:
+                raise
+            self.ended_by = CONTEXT_FULL
+            return None
+        return self.asked[-1]
 
     async def add_answer(self) -> bool:
-        """Asks for the assistant's next turn; returns whether there is one, and not one to be dropped as cut."""
+        """Asks for the assistant's next turn; returns whether there is one, and not one to be dropped as cut.
+
+        Raises:
+            RowError: If no whole answer came.
+        """
         recipe = self.recipe
         request: dict[str, Any] = {"messages": self.history}
-        request |= recipe.sampling(self.row, len(self.asked), recipe.temperature, recipe.max_tokens)
+        most = recipe.max_tokens or DEFAULT_MAX_TOKENS
+        request |= recipe.sampling(self.row, len(self.asked), recipe.temperature, most)
         if kwargs := recipe.template_kwargs():
             request["chat_template_kwargs"] = kwargs
-        answer = await self.pool.ask(CHAT, request)
-        self.asked.append(answer)
+        answer = await self.ask(CHAT, request)
+        if answer is None:
+            return False
+        told_to_think = recipe.thinking in ("on", "strip")
+        cut_reasoning = is_cut_reasoning(answer, told_to_think)
+        self.ended_by = CUT_REASONING if cut_reasoning else ""
         if answer.finish_reason == "length":
             self.cut_answers += 1
-            if recipe.cut == "drop":
+            if cut_reasoning or recipe.cut == "drop":
                 return False
+        if told_to_think and lacks_answer(answer):
+            found = f"found thoughts without an answer (finish_reason {answer.finish_reason!r})"
+            raise RowError(f"{found}, expected one after them")
         spoken = kept = answer.text
         if recipe.thinking is not None:
             reasoning, spoken = split_reasoning(answer)
             keeps_it = reasoning and recipe.thinking == "on"
             kept = f"{THINK}\n{reasoning}\n{END_THINK}\n\n{spoken}" if keeps_it else spoken
-        self.add("assistant", spoken, kept)
+        self.answered_at.append((len(self.history), len(self.asked)))
+        self.history.append({"role": "assistant", "content": spoken})
+        self.messages.append({"role": "assistant", "content": kept})
         self.answers.append(answer)
         if self.tokens:
             self.tokens.extend(answer)
@@ -204,50 +229,98 @@ class Conversation:
         assert self.template
         recipe = self.recipe
         request = {"prompt": self.template.user_prompt(self.history)}
-        request |= recipe.sampling(self.row, len(self.asked), recipe.user_temperature, USER_MAX_TOKENS)
-        answer = await self.pool.ask(COMPLETIONS, request, may_be_empty=True)
-        self.asked.append(answer)
+        most = min(USER_MAX_TOKENS, self.pool.context_tokens // 2 or USER_MAX_TOKENS)
+        request |= recipe.sampling(self.row, len(self.asked), recipe.user_temperature, most)
+        answer = await self.ask(COMPLETIONS, request, may_be_empty=True)
+        if answer is None:
+            return False
         text, stop = answer.text, self.template.user_stop
         ended = answer.finish_reason != "length" or bool(stop and stop in text)
         text = text.partition(stop)[0].strip() if stop else text.strip()
         if not text or not ended or any(turn["content"] == text for turn in self.history):
             return False
-        self.add("user", text)
+        self.add({"role": "user", "content": text})
         return True
 
-    def record(self) -> dict[str, Any]:
-        """Returns the output row; raises Skipped if nothing is left of the conversation."""
+    def records(self) -> list[dict[str, Any]]:
+        """Returns the output rows: one, or one for each answer.
+
+        Raises:
+            Skipped: If nothing is left of the conversation, as it was asked for.
+            RowError: If nothing is left because the first answer was never begun.
+        """
         recipe = self.recipe
+        if not self.answers and self.ended_by == CUT_REASONING and recipe.cut != "drop":
+            raise RowError("found an answer cut while the model was reasoning, expected a larger --max_tokens")
         if not self.answers:
             raise Skipped("cut")
+        was_dropped = self.ended_by == CUT_REASONING and recipe.cut == "drop"
+        ends = [self.ended_by] if self.ended_by and not was_dropped else []
+        if recipe.split_turns:
+            return [self.answer_record(number, ends) for number in range(len(self.answers))]
         while self.messages[-1]["role"] != "assistant":
             self.messages.pop()  # what an answer that was dropped had been asked
+        masks = [turn["role"] == "assistant" for turn in self.messages] if recipe.tool_turns == "mask" else None
+        return [
+            {
+                "id": self.row.id,
+                **format_turns(self.messages, recipe.format, masks),
+                **self.columns(self.answers, self.asked, ends, self.cut_answers > 0 or bool(self.ended_by)),
+                **(self.tokens.columns() if self.tokens else {}),
+            }
+        ]
+
+    def answer_record(self, number: int, ends: list[str]) -> dict[str, Any]:
+        """Returns the row of one answer: what the model was shown before it, and what it said, the only turn to train on."""
+        answer, is_last = self.answers[number], number == len(self.answers) - 1
+        place, until = self.answered_at[number]
+        since = self.answered_at[number - 1][1] if number else 0
+        turns = [*self.history[:place], self.messages[place]]
+        tokens = TokenIds()
+        if self.tokens:
+            tokens.extend(answer)
+        was_cut = answer.finish_reason == "length" or (is_last and bool(self.ended_by))
         return {
-            "id": self.row.id,
-            **format_turns(self.messages, recipe.format),
-            "finish_reasons": [answer.finish_reason for answer in self.answers],
-            **({"cut": self.cut_answers > 0} if recipe.cut == "mark" else {}),
+            "id": f"{self.row.id}#{number + 1}",
+            "row": self.row.id,
+            "turn": number + 1,
+            "turns": len(self.answers),
+            **format_turns(turns, self.recipe.format, [False] * place + [True]),
+            **self.columns([answer], self.asked[since : None if is_last else until], ends if is_last else [], was_cut),
+            **(tokens.columns() if self.tokens else {}),
+        }
+
+    def columns(
+        self, answers: Sequence[Answer], asked: Sequence[Answer], ends: Sequence[str], was_cut: bool
+    ) -> dict[str, Any]:
+        """Returns what a row says of its answers and of all that was paid for."""
+        return {
+            "finish_reasons": [*(answer.finish_reason for answer in answers), *ends],
+            **({"cut": was_cut} if self.recipe.cut == "mark" else {}),
             "usage": {
-                "prompt_tokens": sum(answer.prompt_tokens for answer in self.asked),
-                "completion_tokens": sum(answer.completion_tokens for answer in self.asked),
+                "prompt_tokens": sum(answer.prompt_tokens for answer in asked),
+                "completion_tokens": sum(answer.completion_tokens for answer in asked),
             },
-            "model": self.answers[-1].model,
-            **(self.tokens.columns() if self.tokens else {}),
+            "model": answers[-1].model,
         }
 
 
 async def answer_input(conversation: Conversation) -> None:
     """--chat: answers every user turn of the input in order, each with the new answers as history."""
-    for turn in turns_to_send(conversation.row.turns, chat=True):
-        conversation.add(turn["role"], turn["content"])
-        if turn["role"] == "user" and not await conversation.add_answer():
+    turns, with_tools = conversation.row.turns, conversation.recipe.tool_turns != "skip"
+    steps = turns_to_answer(turns, with_tools)
+    tools = [turn for turn in turns if turn["role"] in TOOL_ROLES]
+    conversation.tool_turns_left_out = len(tools) - sum(turn["role"] in TOOL_ROLES for turn, _ in steps)
+    for turn, asks in steps:
+        conversation.add(turn)
+        if asks and not await conversation.add_answer():
             return
 
 
 async def continue_input(conversation: Conversation) -> None:
     """The default: answers the first prompt, then lets the model play both roles."""
-    for turn in turns_to_send(conversation.row.turns, chat=False):
-        conversation.add(turn["role"], turn["content"])
+    for turn in first_turns(conversation.row.turns):
+        conversation.add(turn)
     await play_on(conversation)
 
 

@@ -45,6 +45,24 @@ def is_torn(line: bytes) -> bool:
     return False  # no beginning of an object is JSON
 
 
+class TurnsBegun:
+    """Follows records of one conversation, one for each of its `turns`, which count as whole from the last `turn` on."""
+
+    def __init__(self) -> None:
+        """Has seen none."""
+        self.row: Any = None
+        self.turn = self.bytes = 0
+
+    def add(self, record: dict[str, Any], size: int) -> int:
+        """Takes a record of so many bytes; returns how many bytes are whole with it that were not so before."""
+        row, turn, turns = (record.get(name) for name in ("row", "turn", "turns"))
+        follows = turn == 1 or (row == self.row and turn == self.turn + 1)
+        size += self.bytes
+        begun = row is not None and turn != turns and follows
+        self.row, self.turn, self.bytes = (row, turn, size) if begun else (None, 0, 0)  # type: ignore[assignment]
+        return 0 if begun else size
+
+
 class JsonLines:
     """A file of records, each with an id and one more field; made when the first is appended."""
 
@@ -80,24 +98,28 @@ class JsonLines:
     def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Streams the records with their line numbers, and finds out what is to be repaired.
 
+        Records of a conversation whose last turn is not there are torn like a line, since they were written together.
+
         Raises:
             InputError: At the first line that is no record.
         """
         self.whole_bytes, self.torn_bytes, self.lacks_break = 0, 0, False
         if not self.path.exists():
             return
+        begun = TurnsBegun()
         with self.path.open("rb") as file:
             for count, line in enumerate(lines_of(file, self.path), 1):
                 self.lacks_break = not line.endswith(b"\n")
                 if self.lacks_break and is_torn(line):
-                    self.torn_bytes = len(line)
+                    self.torn_bytes = begun.bytes + len(line)
                     return
                 record = parse_json(line, f"{self.path}:{count}")
                 if not (isinstance(record, dict) and isinstance(record.get("id"), str) and self.field in record):
                     expected = f"expected an earlier run's line with 'id' and '{self.field}'; choose another output"
                     raise InputError(f"{self.path}:{count}: found {shorten(record)}, {expected}")
-                self.whole_bytes += len(line)
+                self.whole_bytes += begun.add(record, len(line))
                 yield count, record
+        self.torn_bytes = begun.bytes
 
     def repair(self) -> str:
         """Mends the last line as `read` found it; returns what was done, for the user."""
@@ -111,23 +133,25 @@ class JsonLines:
             return f"ended the last line of {self.path}, of which only the line break was missing"
         return ""
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Appends a record in one write.
+    def append(self, *records: dict[str, Any]) -> None:
+        """Appends records that belong together in one write.
 
         Raises:
-            ValueError: If the record does not fit into JSON and UTF-8; the file is then as it was.
+            ValueError: If a record does not fit into JSON and UTF-8; the file is then as it was.
             OSError: If only part of it could be written; nothing is appended after that, so that it can be repaired.
         """
         if self.torn_bytes:
             raise OSError(f"{self.path}: the last line is torn; the next run repairs it")
+        lines = b""
+        for record in records:
+            try:
+                lines += json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            except ValueError as error:
+                raise ValueError(f"found {shorten(record)} ({error}), expected what fits into JSON") from error
         try:
-            line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        except ValueError as error:
-            raise ValueError(f"found {shorten(record)} ({error}), expected what fits into JSON") from error
-        try:
-            written = os.write(self.open(), line)
+            written = os.write(self.open(), lines)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        if written != len(line):
+        if written != len(lines):
             self.torn_bytes = written
-            raise OSError(f"{self.path}: only {written} of {len(line)} bytes could be written; is the disk full?")
+            raise OSError(f"{self.path}: only {written} of {len(lines)} bytes could be written; is the disk full?")

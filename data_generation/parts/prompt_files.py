@@ -11,26 +11,14 @@ from dataclasses import dataclass
 from reprlib import repr as shorten
 from typing import Any, NamedTuple
 
+from parts.input_turns import LAYOUT_KEYS, NoTextError, Turn, parse_turns
 from parts.raw_rows import InputError, parse_json, read_raw_rows
 
-__all__ = ["ROLES", "InputError", "InputSize", "Row", "Turn", "check_rows", "id_key", "parse_json", "read_rows"]
+__all__ = ["InputError", "InputSize", "Row", "Turn", "check_rows", "id_key", "parse_json", "parse_turns", "read_rows"]
 
-Turn = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-
-# Where a row may keep its turns; the first that is not empty counts, so that UltraChat-200k's messages win over prompt.
-LAYOUT_KEYS = ("messages", "conversations", "data", "prompt")
 ID_KEYS = ("id", "prompt_id")
-SPEAKERS = {
-    "system": ("system", "developer"),
-    "user": ("user", "human"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "model", "bot"),
-}
-ROLES = {name: role for role, names in SPEAKERS.items() for name in names}  # looked up in lower case
+COLUMNS = (*ID_KEYS, *LAYOUT_KEYS, "body", "request", "custom_id")  # that datasets are read for
 CANONICAL_JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-EXPECTED_ROW = (
-    "expected a text or an object with 'messages' or 'conversations' (lists of turns), 'data' (a list of texts) "
-    "or 'prompt' (a text)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +28,7 @@ class Row:
     Args:
         id: The given id, or the first 16 digits of `digest`.
         digest: SHA-256 of the turns, the same for the same turns in any input layout.
-        turns: All turns of the input, in OpenAI form; none where `reason` says why the row cannot be used.
+        turns: All turns of the input, in one form; none where `reason` says why the row cannot be used.
         reason: Place and cause where the row has no usable prompt, otherwise empty.
         of_prompt: Whether `id` is a `prompt_id`, which conversations with the same first prompt share.
     """
@@ -69,36 +57,6 @@ def id_key(row_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(row_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 4
 
 
-def parse_turn(turn: Any, where: str) -> Turn:
-    """Brings one turn into OpenAI form, or raises InputError."""
-    if isinstance(turn, dict):
-        speaker, text = (turn["role"], turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
-        role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
-        if role is not None and (text is None or isinstance(text, str)):
-            return {"role": role, "content": text or ""}
-    expected = f"a text ('content' or 'value') by one of {', '.join(ROLES)} ('role' or 'from')"
-    raise InputError(f"{where}: found the turn {shorten(turn)}, expected {expected}")
-
-
-def parse_turns(record: Any, where: str) -> tuple[Turn, ...]:
-    """Brings the turns of one raw row into OpenAI form, or raises InputError."""
-    if isinstance(record, str):
-        return ({"role": "user", "content": record},)
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: found {shorten(record)}, {EXPECTED_ROW}")
-    key = next((key for key in LAYOUT_KEYS if record.get(key) not in (None, "", [])), None)
-    if key is None:
-        if not any(key in record for key in LAYOUT_KEYS):
-            raise InputError(f"{where}: found the keys {shorten(list(record))}, {EXPECTED_ROW}")
-        return ()
-    found = [record[key]] if key == "prompt" else record[key]
-    if not isinstance(found, list):
-        raise InputError(f"{where}: found '{key}' to be {shorten(found)}, {EXPECTED_ROW}")
-    if key in ("data", "prompt"):
-        found = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(found)]
-    return tuple(parse_turn(turn, where) for turn in found)
-
-
 def why_unusable(turns: tuple[Turn, ...]) -> str:
     """Returns why no conversation can be made from these turns, or nothing."""
     prompts = [turn["content"] for turn in turns if turn["role"] == "user"]
@@ -111,7 +69,8 @@ def why_unusable(turns: tuple[Turn, ...]) -> str:
 
 def parse_id(record: dict[str, Any], where: str) -> tuple[str, bool]:
     """Returns the given id, empty if there is none, and whether it is the prompt's; or raises InputError."""
-    key = next((key for key in ID_KEYS if record.get(key) is not None), None)
+    keys = (*ID_KEYS, "custom_id") if isinstance(record.get("body"), dict) else ID_KEYS  # of a batch of requests
+    key = next((key for key in keys if record.get(key) is not None), None)
     if key is None:
         return "", False
     found = record[key]
@@ -125,10 +84,13 @@ def parse_id(record: dict[str, Any], where: str) -> tuple[str, bool]:
 
 
 def parse_row(record: Any, where: str) -> Row:
-    """Brings one raw row into OpenAI form and gives it its id, or raises InputError."""
-    turns = parse_turns(record, where)
+    """Brings one raw row into one form and gives it its id, or raises InputError."""
     row_id, of_prompt = parse_id(record, where) if isinstance(record, dict) else ("", False)
-    reason = why_unusable(turns)
+    try:
+        turns = parse_turns(record, where)
+        reason = why_unusable(turns)
+    except NoTextError as error:
+        turns, reason = ({"role": "", "content": record},), str(error).removeprefix(f"{where}: ")
     canonical = CANONICAL_JSON.encode(turns)
     try:
         packed = canonical.encode()
@@ -149,7 +111,7 @@ def read_rows(data_path: str, split: str | None = None, limit: int | None = None
     Raises:
         InputError: If the input cannot be read, and at the first row that is malformed.
     """
-    for where, record in itertools.islice(read_raw_rows(data_path, split, ID_KEYS + LAYOUT_KEYS), limit):
+    for where, record in itertools.islice(read_raw_rows(data_path, split, COLUMNS), limit):
         yield parse_row(record, where)
 
 

@@ -243,6 +243,28 @@ def read_array(path: Path) -> Iterator[RawRow]:
             raise InputError(f"{path}: row {count + 1}: found {cause.splitlines()[0]}, expected JSON") from error
 
 
+def read_records(path: Path) -> Iterator[RawRow]:
+    """Streams the rows of a file; a line that is no JSON comes as the error, for `parse_record`, so that it stops nothing."""
+    kind = (path.with_suffix("") if path.suffix.lower() in ARCHIVES else path).suffix.lower()
+    if kind not in (".json", ".jsonl"):
+        raise InputError(f"{path}: found the ending '{kind}', expected .jsonl or .json; rename it")
+
+    def parse(line: str, where: str) -> Any:
+        try:
+            return parse_json(line, where)
+        except InputError as error:
+            return error
+
+    return read_array(path) if kind == ".json" else read_lines(path, parse)
+
+
+def parse_record(found: Any) -> Any:
+    """Returns a row of `read_records`, or raises the InputError that came in its place."""
+    if isinstance(found, InputError):
+        raise found
+    return found
+
+
 # ---- datasets ----
 
 

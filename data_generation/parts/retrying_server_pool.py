@@ -1,7 +1,8 @@
 """Several servers of one model as one: least-loaded dispatch, setting aside what fails, trying again.
 
-A server that cannot be reached, or that fails FAILURES_TO_SET_ASIDE times in a row, gets no requests until it lists
-its models again; one that asks for a pause (Retry-After) gets it. Knows nothing about files or conversations.
+A server that cannot be reached, or that fails FAILURES_TO_SET_ASIDE times in a row with more than one request (a single
+one may be what it cannot answer), gets no requests until it lists its models again; one that asks for a pause
+(Retry-After) gets it. Knows nothing about files or conversations.
 """
 
 import asyncio
@@ -9,12 +10,14 @@ import random
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 
-from parts.chat_server import Answer, ChatServer, PassingError, RowError, ServerError
+from parts.chat_answer import Answer
+from parts.chat_server import ChatServer
+from parts.server_errors import NotListedError, PassingError, RowError, ServerError
 
 FAILURES_TO_SET_ASIDE = 5
 MAX_BACKOFF_S = 60.0
@@ -45,12 +48,19 @@ class Member:
     answers: int = 0
     failures: int = 0
     failures_in_a_row: int = 0
+    failing_requests: set[int] = field(default_factory=set)
+    reached: bool = False
     set_aside: bool = True
     paused_until: float = 0.0
 
     def usable(self) -> bool:
         """Tells whether the server may be asked now."""
         return not self.set_aside and self.paused_until <= time.monotonic()
+
+    def forget_failures(self) -> None:
+        """Starts counting failures in a row anew, since the server is there."""
+        self.failures_in_a_row = 0
+        self.failing_requests.clear()
 
 
 class ServerPool:
@@ -86,7 +96,7 @@ class ServerPool:
         """
         self.name, self.prepare, self.say = model or "", prepare, say
         self.max_retries, self.backoff_s, self.give_up_s = max_retries, backoff_s, give_up_s
-        self.retries = 0
+        self.retries = self.requests = 0
         self.changed, self.stopping = asyncio.Event(), asyncio.Event()
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=max_connections),
@@ -104,10 +114,13 @@ class ServerPool:
             ServerError: If none can be reached, or one is misconfigured, or they have different models.
         """
         try:
-            results = await asyncio.gather(*map(self.connect, self.members), return_exceptions=True)
-            for error in results:
-                if isinstance(error, BaseException) and not isinstance(error, PassingError):
-                    raise error
+            results = await self.connect_all()
+            for attempt in range(self.max_retries):
+                is_there = any(isinstance(error, PassingError) and not error.unreachable for error in results)
+                if not is_there or not all(member.set_aside for member in self.members):
+                    break
+                await asyncio.sleep(backoff_wait_s(attempt, self.backoff_s))
+                results = await self.connect_all()
             if all(member.set_aside for member in self.members):
                 url = f"{self.members[0].server.url}/models"
                 raise ServerError(f"cannot reach {url} ({results[0]}); is the server up?")
@@ -118,6 +131,16 @@ class ServerPool:
             await self.close()
             raise
         return self
+
+    async def connect_all(self) -> list[PassingError | None]:
+        """Tries to take all servers in; returns why each is out of reach, or raises what cannot be used."""
+        results = await asyncio.gather(*map(self.connect, self.members), return_exceptions=True)
+        reasons: list[PassingError | None] = []
+        for error in results:
+            if isinstance(error, BaseException) and not isinstance(error, PassingError):
+                raise error
+            reasons.append(error)
+        return reasons
 
     async def __aexit__(self, *_: object) -> None:
         """Closes the connections."""
@@ -139,8 +162,14 @@ class ServerPool:
             listed = ", ".join(sorted(models))
             raise ServerError(f"found servers with different models ({listed}), expected one; choose with --model")
         self.name = member.server.model
-        member.set_aside, member.failures_in_a_row = False, 0
+        member.set_aside, member.reached = False, True
+        member.forget_failures()
         self.notify()
+
+    @property
+    def context_tokens(self) -> int:
+        """Returns the shortest context that a server lists, 0 if none does."""
+        return min((member.server.context_tokens for member in self.members if member.server.context_tokens), default=0)
 
     def notify(self) -> None:
         """Wakes everything that waits for a usable server."""
@@ -171,6 +200,8 @@ class ServerPool:
             except PassingError:
                 continue
             except ServerError as error:
+                if isinstance(error, NotListedError) and member.reached:
+                    continue  # it listed its models before: something else answers while it starts
                 self.fatal = error
                 self.notify()
                 return
@@ -211,17 +242,19 @@ class ServerPool:
             may_be_empty: Whether an answer without text is an answer.
 
         Raises:
-            RowError: If no try gives a whole answer.
+            RowError: If no try gives a whole answer; ContextOverflowError if it would not fit into the context.
             ServerError: If no server can be used any more.
             Stopped: If the run is to end before another try.
         """
         tries = 0
+        self.requests += 1
+        request = self.requests
         while True:
             member = await self.acquire()
             try:
                 return await self.ask_member(member, path, body, may_be_empty)
             except PassingError as error:
-                self.record_failure(member, error)
+                self.record_failure(member, error, request)
                 if error.unreachable:
                     continue  # the request never reached a server: no try of this row
                 tries += 1
@@ -235,20 +268,24 @@ class ServerPool:
         member.in_flight += 1
         try:
             answer = await member.server.ask(path, body, may_be_empty=may_be_empty)
+        except RowError:
+            member.forget_failures()  # it is not the server that is at fault
+            raise
         finally:
             member.in_flight -= 1
         member.answers += 1
-        member.failures_in_a_row = 0
+        member.forget_failures()
         return answer
 
-    def record_failure(self, member: Member, error: PassingError) -> None:
-        """Notes a failure that may pass, and keeps requests away from the server if it has to be."""
+    def record_failure(self, member: Member, error: PassingError, request: int) -> None:
+        """Notes a failure that may pass of a request, and keeps others away from the server if it has to be."""
         member.failures += 1
         if error.retry_after_s:
             member.paused_until = max(member.paused_until, time.monotonic() + error.retry_after_s)
             return
         member.failures_in_a_row += 1
-        failed_often = member.failures_in_a_row >= FAILURES_TO_SET_ASIDE
+        member.failing_requests.add(request)
+        failed_often = member.failures_in_a_row >= FAILURES_TO_SET_ASIDE and len(member.failing_requests) > 1
         if not member.set_aside and (error.unreachable or failed_often):
             self.set_aside(member, str(error))
 

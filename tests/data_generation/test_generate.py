@@ -77,6 +77,7 @@ def test_every_flag_has_both_spellings() -> None:
     values |= {"model": "m", "tokenizer": "t", "thinking": "on", "format": "sharegpt", "cut": "drop"}
     values |= {"temperature": 0.5, "user_temperature": 0.5, "top_p": 0.5, "seed": 1, "limit": 1, "max_turns": 2}
     values |= {"num_threads": 2, "max_tokens": 2, "timeout_s": 2.0, "max_retries": 2, "backoff_s": 2.0}
+    values |= {"tool_turns": "keep", "split_turns": True}
     values |= {"give_up_s": 2.0, "api_key_env": "K", "chat": True, "token_ids": True, "retry_failed": True}
     for separator in "_-":
         argv = ["--server", "http://x", "--server", "http://y"]
@@ -359,6 +360,9 @@ def test_report_accounts_for_every_row(work: Workdir, server: FakeServer) -> Non
         "skipped_unusable": 1,
         "skipped_cut": 0,
         "cut_answers": 1,
+        "cut_reasoning": 0,
+        "context_full": 0,
+        "tool_turns_left_out": 0,
         "prompt_tokens": 14,
         "completion_tokens": 6,
         "retries": 0,
@@ -413,6 +417,8 @@ def test_missing_input_is_one_line(work: Workdir, capsys: pytest.CaptureFixture[
         ["--from_scratch", "3", "--chat"],
         ["--from_scratch", "3", "--split", "train"],
         ["--data_path", "d", "--token_ids", "--thinking", "strip"],
+        ["--data_path", "d", "--tool_turns", "keep"],
+        ["--data_path", "d", "--tool_turns", "mask", "--chat", "--format", "sharegpt"],
     ],
     ids=" ".join,
 )
@@ -579,7 +585,7 @@ def test_data_with_a_token_in_its_address_is_reported_without_it(work: Workdir, 
 def test_commands_find_their_own_modules_where_another_package_has_their_name(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "__init__.py").touch()
-    for script in ("generate", "convert_to_sharegpt", "split", "combine"):
+    for script in ("generate", "convert_to_sharegpt", "clean", "split", "combine"):
         command = [sys.executable, str(SCRIPT.with_name(f"{script}.py")), "--help"]
         env = {**os.environ, "PYTHONPATH": str(tmp_path)}
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60)

@@ -19,7 +19,8 @@ from demo.smollm2 import unpacked
 from killed_runs import KilledRun, Moment
 from transformers import AutoTokenizer
 
-from parts.conversations import IGNORED_LABEL, USER_MAX_TOKENS
+from parts.conversation_rows import IGNORED_LABEL
+from parts.conversations import USER_MAX_TOKENS
 
 PROMPTS = Path(__file__).parents[2] / "data_generation" / "prompts.jsonl"
 SEED = 5

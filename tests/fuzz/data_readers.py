@@ -24,6 +24,7 @@ from reader import Reader, one_error_line
 import combine
 import convert_to_sharegpt
 import split
+from parts import chat_answer
 from parts.chat_server import ChatServer, PassingError, RowError, ServerError, asked_wait_s
 from parts.chat_template import ChatTemplate
 from parts.conversation_files import OutputFiles
@@ -256,7 +257,7 @@ HEADER = b"Fri, 27 Nov 2026 06:00:00 GMT"
 
 def read_answer(directory: Path) -> None:
     server = ChatServer(None, "http://127.0.0.1:1/v1", None)  # type: ignore[arg-type]
-    answer = server.parse_answer((directory / "answer.json").read_bytes(), may_be_empty=True)
+    answer = chat_answer.read_answer((directory / "answer.json").read_bytes(), "m", 9, server.quote, may_be_empty=True)
     assert isinstance(answer.text, str) and isinstance(answer.reasoning, str)
     json.dumps([answer.text, answer.finish_reason, answer.prompt_ids, answer.answer_ids], ensure_ascii=False).encode()
     assert all(

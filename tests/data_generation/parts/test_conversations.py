@@ -19,6 +19,13 @@ def with_reasoning(text: str, reasoning: str) -> Any:
     return fault(200, json.dumps(body))
 
 
+def reasoning_apart(reasoning: str, text: str | None, finish_reason: str, name: str = "reasoning") -> str:
+    """Returns the body of an answer whose reasoning the server reports under a name of its own."""
+    body = json.loads(completion(text, finish_reason))
+    body["choices"][0]["message"][name] = reasoning
+    return json.dumps(body)
+
+
 # ---- chat ----
 
 
@@ -206,6 +213,77 @@ def test_answer_cut_while_reasoning_is_a_failure(work: Workdir, server: FakeServ
     work.write({"id": "a", "prompt": "one"})
     assert work.run("--thinking", "strip") == 1
     assert "larger --max_tokens" in work.failures()["a"]
+
+
+CUT_THOUGHTS = {
+    "in the text": completion("<think>First I count the apples, then", "length"),
+    "opened by the prompt": completion("First I count the apples, then", "length"),
+    "apart": reasoning_apart("First I count the apples, then", None, "length"),
+    "apart, by another name": reasoning_apart("First I count", "", "length", name="reasoning_content"),
+    "ended, and nothing said": completion("<think>First I count.</think>\n", "length"),
+}
+
+
+@pytest.mark.parametrize("thinking", ["strip", "on"])
+@pytest.mark.parametrize("body", CUT_THOUGHTS.values(), ids=CUT_THOUGHTS)
+def test_thoughts_that_the_length_limit_cut_are_no_answer(
+    work: Workdir, server: FakeServer, body: str, thinking: str
+) -> None:
+    work.write({"id": "a", "messages": turns("one", "old", "two", "old", "three")}, {"id": "b", "prompt": "four"})
+    for prompt in ("two", "four"):
+        server.faults[prompt] = [fault(200, body)]
+    assert work.run("--thinking", thinking) == 1
+    assert work.rows()["a"]["messages"] == turns("one", "re: one"), "what was answered before is kept"
+    assert work.rows()["a"]["finish_reasons"] == ["stop", "cut_reasoning"]
+    assert "larger --max_tokens" in work.failures()["b"]
+    assert server.asked() == {"one": 1, "two": 1, "four": 1}, "thoughts are not sent back as history"
+    report = work.report()
+    assert (report["cut_answers"], report["cut_reasoning"], report["failed"]) == (2, 2, 1)
+    assert work.run("--thinking", thinking, "--retry_failed", "--max_tokens", "4096") == 0
+    assert set(work.rows()) == {"a", "b"}
+
+
+def test_thoughts_that_were_cut_are_left_out_with_the_other_cut_answers(work: Workdir, server: FakeServer) -> None:
+    work.write({"id": "a", "messages": turns("one", "old", "two")}, {"id": "b", "prompt": "three"})
+    for prompt in ("two", "three"):
+        server.faults[prompt] = [fault(200, CUT_THOUGHTS["in the text"])]
+    assert work.run("--thinking", "strip", "--cut", "drop") == 0
+    assert work.rows()["a"]["finish_reasons"] == ["stop"]
+    report = work.report()
+    assert (report["skipped_cut"], report["cut_answers"], report["cut_reasoning"]) == (1, 2, 2)
+
+
+@pytest.mark.parametrize("name", ["in the text", "apart", "apart, by another name"])
+def test_thoughts_that_were_cut_are_no_answer_whatever_was_asked(work: Workdir, server: FakeServer, name: str) -> None:
+    work.write({"id": "a", "messages": turns("one", "old", "two")})
+    server.faults["two"] = [fault(200, CUT_THOUGHTS[name])]
+    assert work.run("--cut", "mark") == 0
+    row = work.rows()["a"]
+    assert (row["messages"], row["cut"]) == (turns("one", "re: one"), True)
+
+
+def test_answer_that_was_cut_after_its_thoughts_is_an_answer(work: Workdir, server: FakeServer) -> None:
+    work.write({"id": "a", "prompt": "one"}, {"id": "b", "prompt": "two"})
+    server.faults["one"] = [fault(200, completion("Hm.</think>So", "length"))]
+    server.faults["two"] = [fault(200, reasoning_apart("Hm.", "So", "length"))]
+    assert work.run("--thinking", "on") == 0
+    for row, prompt in ((work.rows()["a"], "one"), (work.rows()["b"], "two")):
+        assert row["messages"] == turns(prompt, "<think>\nHm.\n</think>\n\nSo")
+        assert row["finish_reasons"] == ["length"]
+    report = work.report()
+    assert (report["cut_answers"], report["cut_reasoning"]) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [completion("<think>Hm."), completion("<think>Hm.</think>"), reasoning_apart("Hm.", "", "stop")],
+    ids=["in the text", "ended", "apart"],
+)
+def test_thoughts_without_an_answer_are_a_failure(work: Workdir, server: FakeServer, body: str) -> None:
+    work.write({"id": "a", "prompt": "one"})
+    server.faults["one"] = [fault(200, body)]
+    assert work.run("--thinking", "strip") == 1
+    assert "thoughts without an answer" in work.failures()["a"]
 
 
 # ---- token ids ----

@@ -160,7 +160,7 @@ def test_row_without_a_usable_prompt_comes_with_its_place_and_reason(tmp_path: P
         ("p.jsonl", '{"data": "x"}', ":1", "found 'data' to be 'x'"),
         ("p.jsonl", '{"messages": {}}', ":1", "found 'messages' to be {}"),
         ("p.jsonl", '{"messages": ["x"]}', ":1", "found the turn 'x'"),
-        ("p.jsonl", '{"messages": [{"role": "tool", "content": "x"}]}', ":1", "by one of system, developer, user,"),
+        ("p.jsonl", '{"messages": [{"role": "narrator", "content": "x"}]}', ":1", "by one of system, developer, user,"),
         ("p.jsonl", '{"messages": [{"role": ["user"], "content": "x"}]}', ":1", "found the turn"),
         ("p.jsonl", '{"conversations": [{"value": "x"}]}', ":1", "('role' or 'from')"),
         ("p.jsonl", '{"id": 1.5, "prompt": "x"}', ":1", "found the id 1.5, expected a text or an integer"),
@@ -343,7 +343,7 @@ def test_parquet_file_is_read_batch_by_batch(tmp_path: Path, monkeypatch: pytest
 def test_parquet_row_that_is_malformed_is_named_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(raw_rows, "BATCH_ROWS", 2)
     path = tmp_path / "p.parquet"
-    write_parquet(path, [{"messages": [{"role": role, "content": "x"}]} for role in ("user", "user", "tool")])
+    write_parquet(path, [{"messages": [{"role": role, "content": "x"}]} for role in ("user", "user", "narrator")])
     with pytest.raises(InputError, match=rf"^{path}: row 3: found the turn"):
         check_rows(str(path))
     write_parquet(path, [{"text": "x"}])
