@@ -140,7 +140,9 @@ class Case:
 
 
 def optimizer(tensors: Tensors) -> dict[str, Any]:
-    moments = {number: {"step": torch.tensor(3.0), "exp_avg": tensor * 9} for number, tensor in enumerate(tensors.values())}
+    moments = {
+        number: {"step": torch.tensor(3.0), "exp_avg": tensor * 9} for number, tensor in enumerate(tensors.values())
+    }
     return {"state": moments, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95), "params": [0, 1]}]}
 
 
@@ -226,7 +228,9 @@ CASES = {
     # peft
     "peft": Case(PEFT, extra=original_modules, file="adapter_model.safetensors"),
     "peft-saved": Case(after("base_model.model.medusa_head.modules_to_save."), file="adapter_model.bin"),
-    "peft-other-adapter": Case(after("base_model.model.medusa_head.modules_to_save.stage_2."), file="adapter_model.bin"),
+    "peft-other-adapter": Case(
+        after("base_model.model.medusa_head.modules_to_save.stage_2."), file="adapter_model.bin"
+    ),
     "peft-of-the-heads": Case(after("base_model.model.")),
     "peft-ddp": Case(lambda name: f"module.{PEFT(name)}"),
     "peft-compiled": Case(lambda name: f"_orig_mod.{PEFT(name)}", file="adapter_model.safetensors"),
@@ -300,7 +304,8 @@ CASES = {
     "keys-in-keys": Case(DDP, nest=nested("model", "state_dict")),
     "heads-key-in-model-key": Case(nest=nested("model", "medusa_head")),
     "unknown-key": Case(
-        nest=nested("weights_of_rank_0"), refused="expected tensors by name, or under state_dict, .*save its state dict alone"
+        nest=nested("weights_of_rank_0"),
+        refused="expected tensors by name, or under state_dict, .*save its state dict alone",
     ),
     "no-tensors": Case(nest=lambda _: {"epoch": 3}, refused="holds a int under 'epoch', expected tensors by name"),
     "twice": Case(

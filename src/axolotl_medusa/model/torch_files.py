@@ -107,7 +107,9 @@ def state_dict(content: Any, file: Path) -> dict[str, torch.Tensor]:
                 f"{', '.join(_STATE_DICTS)}; save its state dict alone"
             )
         if name in found:
-            raise ValueError(f"{file} holds {name} under both {keys[name]} and {key}, expected one; save one state dict alone")
+            raise ValueError(
+                f"{file} holds {name} under both {keys[name]} and {key}, expected one; save one state dict alone"
+            )
         found[name], keys[name] = value, key
     return found
 

@@ -30,7 +30,9 @@ def unwrapped(name: str) -> str:
     """A parameter's name as the bare model has it: `lm_head.weight` of `module._orig_mod.lm_head.weight`."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     before = ["", *parts]
-    parts = [part for part, holder in zip(parts, before, strict=False) if part != _ADAPTER or holder not in _HOLD_ADAPTERS]
+    parts = [
+        part for part, holder in zip(parts, before, strict=False) if part != _ADAPTER or holder not in _HOLD_ADAPTERS
+    ]
     while outer := next((wrapper for wrapper in _OUTERMOST if tuple(parts[: len(wrapper)]) == wrapper), None):
         parts = parts[len(outer) :]
     return ".".join(parts)

@@ -21,13 +21,13 @@ from axolotl_medusa.model.secrets import without_secrets
 from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE, Source
 from axolotl_medusa.model.tensor_files import (
     LazyTensor,
-    TensorFiles,
     write_json,
     write_sharded,
     write_tensors,
     write_torch_file,
 )
 from axolotl_medusa.serving.format_rules import TARGETS, Target, plan, refusal, target_config
+from axolotl_medusa.serving.lora import PEFT_PREFIX, adapter_tensors
 from axolotl_medusa.serving.model_card import measured_in_training, model_card, serve_command
 from axolotl_medusa.serving.served_model import (
     copy_generation_config,
@@ -134,17 +134,12 @@ def _check_adapter(adapter: Path, target: Target) -> None:
             f"found heads trained with the adapter in {adapter}, expected a merged model: {target.name} does not serve "
             "both; add --model merged, or export to lorax"
         )
-    other = [name for name in _adapter_tensors(adapter) if not _LORA_NAME.search(name)]
+    other = [tensor.name for name, tensor in adapter_tensors(adapter).items() if not _LORA_NAME.search(name)]
     if other:
         raise ValueError(
             f"found {other[0]} in {adapter}, expected nothing but LoRA matrices: {target.name} would leave it out; "
             "add --model merged"
         )
-
-
-def _adapter_tensors(adapter: Path) -> TensorFiles:
-    file = adapter / ADAPTER_FILE
-    return TensorFiles.open(file if file.is_file() else file.with_suffix(".bin"))
 
 
 def _check_shared_output_layer(source: Source) -> None:
@@ -242,4 +237,5 @@ def _write_model(source: Source, directory: Path) -> None:
 
 def _copy_adapter(adapter: Path, out: Path) -> None:
     write_json(out / ADAPTER_CONFIG_FILE, without_secrets(read_json(adapter / ADAPTER_CONFIG_FILE)))
-    write_tensors(out / ADAPTER_FILE, _adapter_tensors(adapter).values())
+    tensors = (tensor._replace(name=PEFT_PREFIX + name) for name, tensor in adapter_tensors(adapter).items())
+    write_tensors(out / ADAPTER_FILE, tensors)

@@ -13,9 +13,7 @@ from axolotl_medusa.model.wrapped_names import unwrapped
 OUTPUT_LAYER = -1
 """`layer` of an output layer whose name does not say how many blocks precede it."""
 
-_IN_MODEL = re.compile(
-    r"^(?:.*\.)?medusa_heads?\.(?:module\.)?(?:modules_to_save\.(?:[A-Za-z_]\w*\.)?)?(?P<rest>.+)$"
-)
+_IN_MODEL = re.compile(r"^(?:.*\.)?medusa_heads?\.(?:module\.)?(?:modules_to_save\.(?:[A-Za-z_]\w*\.)?)?(?P<rest>.+)$")
 _SEQUENTIAL = re.compile(r"^(?P<head>\d+)\.(?P<layer>\d+)\.(?P<kind>linear\.weight|linear\.bias|weight)$")
 _BLOCKS = (
     re.compile(r"^blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<kind>weight|bias)$"),  # vLLM

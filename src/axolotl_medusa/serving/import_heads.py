@@ -127,9 +127,7 @@ def _common_type(found: PublishedHeads) -> torch.dtype:
     return functools.reduce(torch.promote_types, found.dtypes())
 
 
-def _canonical_tensors(
-    found: PublishedHeads, base_model: str | None, base: str
-) -> tuple[list[LazyTensor], HeadForm]:
+def _canonical_tensors(found: PublishedHeads, base_model: str | None, base: str) -> tuple[list[LazyTensor], HeadForm]:
     """The tensors of the canonical file and the form that they have.
 
     Args:

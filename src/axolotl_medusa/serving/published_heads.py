@@ -214,7 +214,9 @@ def _heads_elsewhere(path: Path) -> str | None:
 
 def _no_heads(path: Path, files: TensorFiles, *, has_output_layers: bool) -> str:
     if has_output_layers:
-        return f"found no Medusa heads in {path}: output layers and no residual block, expected both; get the heads again"
+        return (
+            f"found no Medusa heads in {path}: output layers and no residual block, expected both; get the heads again"
+        )
     if path.is_dir() and (elsewhere := _heads_elsewhere(path)):
         return f"found no Medusa heads in {path}, {elsewhere}"
     example = next(iter(files), "nothing")
