@@ -209,6 +209,14 @@ CASES = {
     "fasterdecoding": Case(config={"medusa_num_heads": 5, "medusa_num_layers": 1, "transformers_version": "4.33"}),
     "fasterdecoding-shared": Case(form="shared"),
     "fasterdecoding-no-model-type": Case(file="medusa_lm_head.safetensors", config={"medusa_num_heads": 2}),
+    "fasterdecoding-other-counts": Case(
+        config={"medusa_num_heads": 2, "medusa_num_layers": 3}, note="says 3 residual blocks per head, the file has 1"
+    ),
+    "fasterdecoding-checkpoint": Case(
+        in_model,
+        extra=lambda: {f"base_model.{name}": tensor for name, tensor in base_tensors().items()},
+        file="model.safetensors",
+    ),
     "fasterdecoding-merged-shards": Case(
         in_model, extra=base_tensors, file="pytorch_model.bin", write=shards, config={"model_type": "llama"}
     ),
@@ -223,6 +231,7 @@ CASES = {
     "fsdp": Case(after("_fsdp_wrapped_module.medusa_head.")),
     "fsdp-of-the-heads": Case(after("_fsdp_wrapped_module.")),
     "fsdp-everywhere": Case(fsdp_everywhere),
+    "fsdp-full-state-dict": Case(in_model, extra=base_tensors, file="pytorch_model_fsdp.bin"),
     "fabric": Case(after("_forward_module.medusa_head.")),
     "lightning": Case(after("model.medusa_head."), nest=nested("state_dict"), file="last.ckpt", point="last.ckpt"),
     # peft
@@ -239,6 +248,11 @@ CASES = {
     ),
     "peft-with-lora": Case(
         PEFT,
+        extra=lambda: {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, HIDDEN)},
+        file="adapter_model.safetensors",
+        note="were trained together with a LoRA",
+    ),
+    "lora-beside-bare-names": Case(
         extra=lambda: {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, HIDDEN)},
         file="adapter_model.safetensors",
         note="were trained together with a LoRA",
@@ -313,6 +327,9 @@ CASES = {
         refused=r"holds 0\.0\.linear\.weight under both state_dict and model",
     ),
     "code": Case(nest=lambda tensors: {"state_dict": tensors, "args": Path("x")}, refused="pickled code is never run"),
+    "whole-module": Case(
+        nest=lambda _: MedusaHeads(HIDDEN, VOCAB, 2), refused="it asks for .axolotl_medusa.*pickled code is never run"
+    ),
     "beside-the-heads": Case(
         extra=lambda: {"model.norm.weight": torch.ones(HIDDEN)},
         refused=r"has the tensor model\.norm\.weight, expected nothing but Medusa heads",
@@ -348,6 +365,19 @@ CASES = {
     "fsdp-flat": Case(
         change=lambda _: {"medusa_head._fsdp_wrapped_module._flat_param": torch.ones(9)},
         refused="_flat_param, .*FSDP",
+    ),
+    "fsdp-parts": Case(
+        file="pytorch_model_fsdp_0/__0_0.distcp", refused="FSDP's own parts: join them with `axolotl merge-sharded"
+    ),
+    "uneven-heads": Case(
+        num_layers=2,
+        change=lambda tensors: {name.replace("1.2.", "1.1."): tensor for name, tensor in tensors.items()},
+        refused=r"residual blocks \[0, 1\] and output layers after \[1, 2\] blocks",
+    ),
+    "missing-blocks": Case(
+        num_layers=3,
+        change=lambda tensors: {name: tensor for name, tensor in tensors.items() if ".2.linear" not in name},
+        refused=r"residual blocks \[0, 1\] and output layers after \[3\] blocks",
     ),
     # vLLM's converters, users' own and ModelOpt's, whose names vLLM strips of their prefix
     "vllm": Case(native, file="model.safetensors", config={"model_type": "medusa", "architectures": ["MedusaModel"]}),
@@ -443,3 +473,56 @@ def test_heads_as_trainers_leave_them(name, tmp_path, capsys, no_network):
         layer = built.output_layer(head)
         weight = layer.weight if layer is not None else shared.float()
         assert torch.equal(hidden @ weight.T, expected)
+
+
+def repeated(num_layers: int) -> Tensors:
+    """Heads whose one block stands in several places, as `[block] * num_layers` makes them."""
+    tensors = heads_of(num_layers=num_layers)
+    for name in [name for name in tensors if "linear" in name]:
+        head, _, *rest = name.split(".")
+        tensors[name] = tensors[".".join([head, "0", *rest])]
+    return tensors
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_block_that_is_repeated_and_saved_once(kept, tmp_path, capsys):
+    """Files of transformers leave out a tensor that shares another one's memory."""
+    expected = repeated(num_layers=2)
+    saved = {in_model(name): tensor for name, tensor in expected.items() if f".{1 - kept}.linear" not in name}
+    one_file(tmp_path / "published", saved, "model.safetensors")
+    arguments = ["import", str(tmp_path / "published"), "--to", "canonical", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--base-model", "org/base"]) == 0
+    assert "the 2 blocks of every head are equal" in capsys.readouterr().out
+    read = read_heads(tmp_path / "out")
+    assert read.config["medusa_num_layers"] == 2
+    for found, logits_ in zip(logits(read.tensors, torch.empty(0)), logits(expected, torch.empty(0)), strict=True):
+        assert torch.equal(found, logits_)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_heads_without_output_layers_take_that_of_the_model_they_lie_in(given, tmp_path):
+    """Medusa-2 trains lm_head too, and a config often names the model before; what the user names comes first."""
+    base = save_base(tmp_path / "base", make_model())
+    model = base_tensors()
+    model["lm_head.weight"] += 1
+    tensors = {f"module.medusa_head.{name}": tensor for name, tensor in heads_of("shared").items()}
+    one_file(
+        tmp_path / "published", tensors | {f"module.{name}": own for name, own in model.items()}, "model.safetensors"
+    )
+    (tmp_path / "published" / "config.json").write_text(
+        json.dumps({"model_type": "llama", "base_model_name_or_path": str(base)})
+    )
+    arguments = ["import", str(tmp_path / "published"), "--to", "canonical", "--out", str(tmp_path / "out")]
+    assert main([*arguments, *(["--base-model", str(base)] if given else [])]) == 0
+    expected = base_tensors()["lm_head.weight"] + (0 if given else 1)
+    assert torch.equal(read_heads(tmp_path / "out").tensors["lm_heads.0.weight"], expected)
+
+
+def test_base_model_is_what_the_adapter_names_where_the_config_does_not(tmp_path):
+    """Training writes the model's own config.json beside an adapter."""
+    tensors = {PEFT(name): tensor for name, tensor in heads_of().items()}
+    one_file(tmp_path / "published", tensors, "adapter_model.safetensors")
+    (tmp_path / "published" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "published" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    assert main(["import", str(tmp_path / "published"), "--to", "canonical", "--out", str(tmp_path / "out")]) == 0
+    assert read_heads(tmp_path / "out").config["base_model_name_or_path"] == "org/base"

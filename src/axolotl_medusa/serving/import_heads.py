@@ -116,6 +116,11 @@ def _notes(found: PublishedHeads, form: HeadForm) -> list[str]:
     notes = [f"{found.num_heads} heads of {found.num_layers} residual blocks, {form}"]
     if not any(place.kind == "linear.bias" for place in found.tensors):
         notes.append("the blocks have no biases: zeros were added, which compute the same")
+    said = found.config.get("medusa_num_layers")
+    if type(said) is int and said != found.num_layers:
+        notes.append(
+            f"{CONFIG_FILE} says {said} residual blocks per head, the file has {found.num_layers}, which counts"
+        )
     if len(dtypes := found.dtypes()) > 1:
         *names, common = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, _common_type(found)))
         notes.append(f"the tensors are {' and '.join(names)}: all became {common}, which changes no value")

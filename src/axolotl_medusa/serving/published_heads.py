@@ -23,10 +23,14 @@ from axolotl_medusa.model.wrapped_names import unwrapped
 from axolotl_medusa.serving.format_rules import TORCH_HEADS_FILE
 from axolotl_medusa.serving.head_names import OUTPUT_LAYER, HeadTensor, is_of_heads, parse, strange_part
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Files of tensors, the first of these where the same heads are there in several forms."""
 
+_FSDP_FILE = "pytorch_model_fsdp.bin"
+"""Where accelerate saves a full state dict of FSDP."""
+
 _SHARD = re.compile(r"-\d+-of-\d+\.[a-z]+$")
+_MOST_REPETITIONS = 16
 _DECODER_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 _BASE_MODEL = "base_model_name_or_path"
 _LM_HEAD = "lm_head.weight"
@@ -142,10 +146,12 @@ def find_published_heads(path: Path) -> PublishedHeads:
         raise ValueError(_no_heads(path, files, has_output_layers=bool(tensors)))
     if _LM_HEAD in others and not in_model and len(layers) == len(tensors):
         tensors[HeadTensor(0, OUTPUT_LAYER, "weight")] = others.pop(_LM_HEAD)._replace(name=SHARED_OUTPUT_LAYER)
-    if others and not in_model:
-        raise ValueError(_surplus_message(path, next(iter(others.values())).name))
+    surplus = next((tensor.name for name, tensor in others.items() if ".lora_" not in name), None)
+    if surplus is not None and not in_model:
+        raise ValueError(_surplus_message(path, surplus))
     _check_types(path, tensors.values())
-    num_heads, num_layers = max(place.head for place in tensors) + 1, max(layers) + 1
+    num_layers = _whole_heads(path, tensors)
+    num_heads = max(place.head for place in tensors) + 1
     if num_heads * num_layers > len(tensors):
         raise ValueError(
             f"{path} has {len(tensors)} tensors of heads, expected {num_heads} heads of {num_layers} residual blocks as its names "
@@ -160,6 +166,29 @@ def find_published_heads(path: Path) -> PublishedHeads:
         in_model,
         *(read_json_if_there(where / file) for file in (CONFIG_FILE, ADAPTER_CONFIG_FILE, META_FILE)),
     )
+
+
+def _whole_heads(path: Path, tensors: dict[HeadTensor, LazyTensor]) -> int:
+    """The number of blocks per head, which an output layer's name says too.
+
+    Trainers that repeat one block have it once in memory, and safetensors files of theirs hold it once: it is put in every
+    place that it has.
+    """
+    blocks = {place.layer for place in tensors if place.kind != "weight"}
+    outputs = {place.layer for place in tensors if place.kind == "weight"} - {OUTPUT_LAYER}
+    num_layers = max(blocks) + 1
+    after = max(outputs, default=num_layers)
+    if not outputs or (len(outputs) == 1 and blocks == set(range(after))):
+        return num_layers
+    if len(outputs) > 1 or len(blocks) > 1 or not num_layers <= after <= _MOST_REPETITIONS:
+        raise ValueError(
+            f"{path} has residual blocks {sorted(blocks)[:9]} and output layers after {sorted(outputs)[:9]} blocks, expected heads that "
+            "are alike; get it again"
+        )
+    for place in [place for place in tensors if place.kind != "weight"]:
+        for layer in range(after):
+            tensors[place._replace(layer=layer)] = tensors[place]
+    return after
 
 
 def _open(path: Path) -> TensorFiles:
@@ -187,8 +216,8 @@ def _open(path: Path) -> TensorFiles:
 
 
 def _named_files(path: Path) -> list[Path]:
-    """The files of a directory with `medusa` in their names, in the first of the forms that are there."""
-    named = [file for file in sorted(path.iterdir()) if "medusa" in file.name.lower() and file.is_file()]
+    """The files of a directory named after heads, in the first of the forms that are there."""
+    named = [file for file in sorted(path.iterdir()) if _is_named(file) and file.is_file()]
     for suffix in _SUFFIXES:
         if index := next((file for file in named if file.name.endswith(suffix + INDEX_SUFFIX)), None):
             return [file for file in named if file.suffix == suffix and _SHARD.search(file.name)] or [index]
@@ -201,13 +230,17 @@ def _named_files(path: Path) -> list[Path]:
     return []
 
 
+def _is_named(file: Path) -> bool:
+    return "medusa" in file.name.lower() or file.name == _FSDP_FILE
+
+
 def _heads_elsewhere(path: Path) -> str | None:
     """Where else heads may be, as the end of a line."""
     if next(path.glob("*.distcp"), None) or next(path.glob("*/*.distcp"), None):
         return "but FSDP's own parts: join them with `axolotl merge-sharded-fsdp-weights`"
     for folder in sorted(folder for folder in path.iterdir() if folder.is_dir()):
         for file in sorted(folder.iterdir()):
-            if "medusa" in file.name.lower() and file.suffix in _SUFFIXES:
+            if _is_named(file) and file.suffix in _SUFFIXES:
                 return f"but its folder {folder.name} holds {file.name}: give that folder"
     return None
 
