@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import HIDDEN, VOCAB, add_lora, make_model, randomize
+from example_tokenizers import make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_outputs import as_if_trained, save_base, write_run
@@ -140,6 +141,19 @@ def test_model_that_is_not_whole_is_refused_in_one_line(name, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line), line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter-compiled", "adapter-names", "model-compiled", "model-fsdp-inside"])
+def test_decoding_says_what_to_do_about_wrapped_names(name, tmp_path, capsys):
+    """Transformers and peft would begin such weights anew and say so among other lines; the text would be untrained."""
+    adapter, change = WRAPPED[name]
+    run = run_of(tmp_path, adapter)
+    rewrite(run, adapter, change)
+    make_tokenizer("zephyr").save_pretrained(run / "medusa_heads")
+    capsys.readouterr()
+    assert main(["generate", str(run), "--prompt", "a"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"renamed, expected .*axolotl-medusa export .*--model merged", line), line
 
 
 def test_first_forks_adapter_is_imported_and_served_with_its_lora(tmp_path):

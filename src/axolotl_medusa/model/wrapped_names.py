@@ -51,3 +51,24 @@ def unwrapped_names(names: Iterable[str], where: Path) -> dict[str, str]:
             raise ValueError(f"{where}: {found[bare]} and {name} are the same parameter, expected one of them")
         found[bare] = name
     return found
+
+
+def check_bare(names: Iterable[str], where: Path, prefix: str = "") -> None:
+    """Refuses files for a loader that matches names exactly, which would begin wrapped weights anew.
+
+    Args:
+        names: The names in the files.
+        where: The files.
+        prefix: What every name begins with.
+
+    Raises:
+        ValueError: A wrapper renamed one.
+    """
+    for name in names:
+        bare = prefix + unwrapped(name)
+        if name != bare:
+            raise ValueError(
+                f"{where}: the tensor {name} is one that a wrapper in training renamed, expected {bare}, as it would be passed "
+                "over: write the model anew with `axolotl-medusa export --model merged`, and give its merged_model as "
+                "--base-model with the run's medusa_heads"
+            )

@@ -182,8 +182,8 @@ def _whole_heads(path: Path, tensors: dict[HeadTensor, LazyTensor]) -> int:
         return num_layers
     if len(outputs) > 1 or len(blocks) > 1 or not num_layers <= after <= _MOST_REPETITIONS:
         raise ValueError(
-            f"{path} has residual blocks {sorted(blocks)[:9]} and output layers after {sorted(outputs)[:9]} blocks, expected heads that "
-            "are alike; get it again"
+            f"{path} has residual blocks {sorted(blocks)[:9]} and output layers after {sorted(outputs)[:9]} blocks, expected "
+            "heads that are alike; get it again"
         )
     for place in [place for place in tensors if place.kind != "weight"]:
         for layer in range(after):
