@@ -134,7 +134,9 @@ def test_torch_file_of_anything_but_named_tensors_is_refused(content, message, t
 def test_state_dict_under_a_trainers_key_is_found_and_what_is_beside_it_passed_over(tmp_path):
     beside = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}}
     heads = {"0.0.linear.weight": torch.ones(2)}
-    torch.save({"model": {"state_dict": {"x": torch.zeros(3)}, **beside}, "medusa_head": heads, **beside}, tmp_path / "a.pt")
+    torch.save(
+        {"model": {"state_dict": {"x": torch.zeros(3)}, **beside}, "medusa_head": heads, **beside}, tmp_path / "a.pt"
+    )
     files = TensorFiles.open(tmp_path / "a.pt")
     assert files.names() == ["x", "medusa_head.0.0.linear.weight"]
     assert files.load("x").tolist() == [0, 0, 0] and files.load("medusa_head.0.0.linear.weight").tolist() == [1, 1]

@@ -278,6 +278,21 @@ CASES = {
     "shards-of-heads": Case(write=shards, file="medusa_lm_head.safetensors"),
     "shards-of-heads-bin": Case(write=shards, file="medusa_lm_head.bin"),
     "shards-without-index": Case(write=partial(shards, with_index=False), file="medusa_lm_head.safetensors"),
+    "shards-incomplete": Case(
+        write=partial(shards, with_index=False),
+        file="medusa_lm_head.safetensors",
+        beside=lambda directory: (directory / "medusa_lm_head-00002-of-00002.safetensors").unlink(),
+        refused=r"holds 1 of 2 shards .*complete the download",
+    ),
+    "shards-incomplete-by-index": Case(
+        write=shards,
+        file="medusa_lm_head.safetensors",
+        beside=lambda directory: (directory / "medusa_lm_head-00002-of-00002.safetensors").unlink(),
+        refused=r"names medusa_lm_head-00002-of-00002\.safetensors, which is not beside it",
+    ),
+    "shards-by-index": Case(
+        in_model, write=shards, file="pytorch_model.bin", point="pytorch_model.bin.index.json", extra=base_tensors
+    ),
     "shards-of-an-adapter": Case(PEFT, write=shards, file="adapter_model.safetensors"),
     "shards-bin": Case(DDP, write=shards, file="pytorch_model.bin"),
     "bin": Case(in_model, file="pytorch_model.bin"),
@@ -307,7 +322,12 @@ CASES = {
     "old-torch": Case(write=partial(one_file, old=True)),
     "npz": Case(file="heads.npz", refused="has no weights: expected"),
     # further keys
-    "beside-base-weights": Case(in_model, extra=base_tensors, file="pytorch_model.bin"),
+    "beside-base-weights": Case(
+        in_model,
+        extra=base_tensors,
+        file="pytorch_model.bin",
+        note="if it was trained together with them, serve that one",
+    ),
     "optimizer": Case(nest=nested("state_dict")),
     "model-key": Case(in_model, nest=nested("model"), extra=base_tensors),
     "module-key": Case(in_model, nest=nested("module"), file="mp_rank_00_model_states.pt"),
@@ -389,6 +409,12 @@ CASES = {
         extra=lambda: {"lm_head.weight": base_tensors()["lm_head.weight"]},
         file="model.safetensors",
         config={"model_type": "medusa", "original_lm_head": True},
+    ),
+    "vllm-prefixed-shared": Case(
+        partial(native, prefix="medusa_heads."),
+        form="shared",
+        extra=lambda: {"medusa_heads.lm_heads.0.weight": base_tensors()["lm_head.weight"]},
+        file="model.safetensors",
     ),
     "vllm-without-output-layers": Case(native, form="shared", file="model.safetensors"),
     # NVIDIA
@@ -516,6 +542,18 @@ def test_heads_without_output_layers_take_that_of_the_model_they_lie_in(given, t
     assert main([*arguments, *(["--base-model", str(base)] if given else [])]) == 0
     expected = base_tensors()["lm_head.weight"] + (0 if given else 1)
     assert torch.equal(read_heads(tmp_path / "out").tensors["lm_heads.0.weight"], expected)
+
+
+def test_heads_without_output_layers_take_the_lm_head_that_their_adapter_saved(tmp_path):
+    base = save_base(tmp_path / "base", make_model())
+    lm_head = base_tensors()["lm_head.weight"] + 1
+    tensors = {PEFT(name): tensor for name, tensor in heads_of("shared").items()}
+    one_file(
+        tmp_path / "published", tensors | {"base_model.model.lm_head.weight": lm_head}, "adapter_model.safetensors"
+    )
+    (tmp_path / "published" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert main(["import", str(tmp_path / "published"), "--to", "canonical", "--out", str(tmp_path / "out")]) == 0
+    assert torch.equal(read_heads(tmp_path / "out").tensors["lm_heads.0.weight"], lm_head)
 
 
 def test_base_model_is_what_the_adapter_names_where_the_config_does_not(tmp_path):

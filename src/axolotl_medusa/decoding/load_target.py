@@ -59,7 +59,6 @@ def load_target(
         _check_hash(source, lambda: weight, type(causal_lm(base_model)).__name__)
         return base_model, file
     directory = source.model_dir()
-    check_bare(TensorFiles.open(directory), directory)
     if source.adapter_dir is not None:
         check_bare(TensorFiles.open(adapter_file(source.adapter_dir)), source.adapter_dir, prefix="base_model.model.")
     stored = stored_output_embedding(directory)

@@ -59,16 +59,16 @@ def check_bare(names: Iterable[str], where: Path, prefix: str = "") -> None:
     Args:
         names: The names in the files.
         where: The files.
-        prefix: What every name begins with.
+        prefix: What names begin with that the loader knows.
 
     Raises:
         ValueError: A wrapper renamed one.
     """
     for name in names:
-        bare = prefix + unwrapped(name)
-        if name != bare:
+        bare = unwrapped(name)
+        if name not in (bare, prefix + bare):
             raise ValueError(
-                f"{where}: the tensor {name} is one that a wrapper in training renamed, expected {bare}, as it would be passed "
+                f"{where}: the tensor {name} is one that a wrapper in training renamed, expected {prefix}{bare}, as it would be passed "
                 "over: write the model anew with `axolotl-medusa export --model merged`, and give its merged_model as "
                 "--base-model with the run's medusa_heads"
             )

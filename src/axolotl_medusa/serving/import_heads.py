@@ -59,10 +59,14 @@ def import_heads(directory: str | Path, out: str | Path, base_model: str | None 
             f"the {found.num_layers} blocks of every head are equal, as trainers write them that repeat one block: "
             "they are kept as independent blocks, which compute the same"
         )
-    if found.has_lora:
+    if found.has_lora and out.resolve() != (found.where / HEADS_FOLDER).resolve():
         notes.append(
             f"they were trained together with a LoRA in {found.where}, which a server needs too: import them with "
             f"--out {found.where / HEADS_FOLDER} and export {found.where}"
+        )
+    if not found.adapter_config and not found.has_lora and found.own_lm_head() is not None and base != str(found.where):
+        notes.append(
+            f"they lie in a whole model: if it was trained together with them, serve that one, with --base-model {found.where}"
         )
     meta = {key: value for key, value in without_secrets(found.meta).items() if key != "export"}
     meta = meta or {"imported": {"from": found.where.resolve().name, "notes": notes}}
@@ -188,7 +192,7 @@ def _cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
 
 
 def _is_shared(found: PublishedHeads, outputs: list[LazyTensor]) -> bool:
-    if len(outputs) == 1 and outputs[0].name == SHARED_OUTPUT_LAYER:
+    if len(outputs) == 1 and outputs[0].name.endswith(SHARED_OUTPUT_LAYER):
         return bool(found.config.get("original_lm_head", found.num_heads > 1))
     if not found.canonical_config.get("original_lm_head"):
         return False

@@ -29,11 +29,12 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _FSDP_FILE = "pytorch_model_fsdp.bin"
 """Where accelerate saves a full state dict of FSDP."""
 
-_SHARD = re.compile(r"-\d+-of-\d+\.[a-z]+$")
+_SHARD = re.compile(r"-\d{1,6}-of-(?P<of>\d{1,6})\.[a-z]+$")
 _MOST_REPETITIONS = 16
 _DECODER_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 _BASE_MODEL = "base_model_name_or_path"
 _LM_HEAD = "lm_head.weight"
+_SAVED_LM_HEAD = "lm_head.modules_to_save.weight"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ class PublishedHeads:
         )
 
     def own_lm_head(self) -> LazyTensor | None:
-        """The output embedding of the model that the heads lie in, None where they lie in no whole model."""
+        """The output embedding of the model that the heads lie in, or that the adapter saved; None where there is neither."""
+        if saved := self.others.get(_SAVED_LM_HEAD) or (self.others.get(_LM_HEAD) if self.adapter_config else None):
+            return saved
         if not any(_DECODER_LAYER.search(name) and ".lora_" not in name for name in self.others):
             return None
         others = {name: tensor._replace(name=name) for name, tensor in self.others.items()}
@@ -204,7 +207,8 @@ def _open(path: Path) -> TensorFiles:
             "tensors; give the heads that it was converted from"
         )
     if named := _named_files(path):
-        files = TensorFiles.open_all(path, named)
+        is_index = named[0].name.endswith(INDEX_SUFFIX)
+        files = TensorFiles.open(named[0]) if is_index else TensorFiles.open_all(path, named)
         if any(parse(name) or is_of_heads(name) for name in files):
             return files
     try:
@@ -220,10 +224,13 @@ def _named_files(path: Path) -> list[Path]:
     named = [file for file in sorted(path.iterdir()) if _is_named(file) and file.is_file()]
     for suffix in _SUFFIXES:
         if index := next((file for file in named if file.name.endswith(suffix + INDEX_SUFFIX)), None):
-            return [file for file in named if file.suffix == suffix and _SHARD.search(file.name)] or [index]
+            return [index]
         found = [file for file in named if file.suffix == suffix]
-        if len(found) > 1 and not all(_SHARD.search(file.name) for file in found):
-            names = ", ".join(file.name for file in found[:3])
+        shards = [match for file in found if (match := _SHARD.search(file.name))]
+        names = ", ".join(file.name for file in found[:3])
+        if shards and len(found) == len(shards) != int(shards[0]["of"]):
+            raise ValueError(f"{path} holds {len(found)} of {int(shards[0]['of'])} shards ({names}): complete the download")
+        if len(found) > 1 and not shards:
             raise ValueError(f"{path} holds heads in several files ({names}), expected one: name the file")
         if found:
             return found
