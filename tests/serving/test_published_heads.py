@@ -386,6 +386,13 @@ CASES = {
         change=lambda _: {"medusa_head._fsdp_wrapped_module._flat_param": torch.ones(9)},
         refused="_flat_param, .*FSDP",
     ),
+    "fsdp-slice-of-one-rank": Case(
+        in_model,
+        change=lambda tensors: {name: tensor[: len(tensor) // 2] for name, tensor in tensors.items()},
+        file="pytorch_model_fsdp.bin",
+        config={},
+        refused=r"0\.0\.linear\.bias is \(16,\), expected \(32,\)",
+    ),
     "fsdp-parts": Case(
         file="pytorch_model_fsdp_0/__0_0.distcp", refused="FSDP's own parts: join them with `axolotl merge-sharded"
     ),
@@ -417,6 +424,17 @@ CASES = {
         file="model.safetensors",
     ),
     "vllm-without-output-layers": Case(native, form="shared", file="model.safetensors"),
+    # SpecForge and SGLang, whose draft model has an embedding and an lm_head that are not loaded
+    "sglang": Case(
+        after("medusa_heads."),
+        form="shared",
+        extra=lambda: {
+            "model.embed_tokens.weight": torch.zeros(VOCAB, HIDDEN),
+            "lm_head.weight": torch.zeros(VOCAB, HIDDEN),
+        },
+        file="model.safetensors",
+        config={"architectures": ["LlamaForCausalLMMedusa"], "model_type": "llama", "num_hidden_layers": 0},
+    ),
     # NVIDIA
     "modelopt": Case(
         after("medusa_heads."), extra=base_tensors, file="model.safetensors", config={"model_type": "llama"}

@@ -1,4 +1,4 @@
-"""Medusa heads in the files of whoever published them, found by their tensors' names.
+"""Medusa heads in the files of whoever published them, recognised by their tensors' names.
 
 Contract: takes every size from the tensors' shapes; a config is asked only for what shapes cannot say, since published ones
 are often wrong. Loads no tensor.
@@ -14,22 +14,15 @@ from typing import Any
 
 import torch
 
-from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
+from axolotl_medusa.model.file_names import CONFIG_FILE, META_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.json_files import read_json_if_there
 from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE, text_value
 from axolotl_medusa.model.stored_embeddings import stored_embeddings
-from axolotl_medusa.model.tensor_files import INDEX_SUFFIX, LazyTensor, TensorFiles
+from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
 from axolotl_medusa.model.wrapped_names import unwrapped
-from axolotl_medusa.serving.format_rules import TORCH_HEADS_FILE
-from axolotl_medusa.serving.head_names import OUTPUT_LAYER, HeadTensor, is_of_heads, parse, strange_part
+from axolotl_medusa.serving.head_names import OUTPUT_LAYER, HeadTensor, parse, strange_part
+from axolotl_medusa.serving.heads_files import heads_elsewhere, open_heads_files
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-"""Files of tensors, the first of these where the same heads are there in several forms."""
-
-_FSDP_FILE = "pytorch_model_fsdp.bin"
-"""Where accelerate saves a full state dict of FSDP."""
-
-_SHARD = re.compile(r"-\d{1,6}-of-(?P<of>\d{1,6})\.[a-z]+$")
 _MOST_REPETITIONS = 16
 _DECODER_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 _BASE_MODEL = "base_model_name_or_path"
@@ -128,7 +121,7 @@ def find_published_heads(path: Path) -> PublishedHeads:
         ValueError: There are none, or they are damaged, quantized or of another kind.
     """
     where = path.parent if path.is_file() else path
-    files = _open(path)
+    files = open_heads_files(path)
     tensors: dict[HeadTensor, LazyTensor] = {}
     others: dict[str, LazyTensor] = {}
     in_model = False
@@ -194,70 +187,12 @@ def _whole_heads(path: Path, tensors: dict[HeadTensor, LazyTensor]) -> int:
     return after
 
 
-def _open(path: Path) -> TensorFiles:
-    """The files that hold heads: those with their name, else the directory's weights."""
-    if not path.is_dir():
-        return TensorFiles.open(path)
-    for name in (HEADS_FILE, TORCH_HEADS_FILE):
-        if (path / name).is_file():
-            return TensorFiles.open(path / name)
-    if (path / "rank1.safetensors").is_file():
-        raise ValueError(
-            f"{path} has rank0.safetensors and rank1.safetensors, a TensorRT-LLM checkpoint divided among ranks, expected whole "
-            "tensors; give the heads that it was converted from"
-        )
-    if named := _named_files(path):
-        is_index = named[0].name.endswith(INDEX_SUFFIX)
-        files = TensorFiles.open(named[0]) if is_index else TensorFiles.open_all(path, named)
-        if any(parse(name) or is_of_heads(name) for name in files):
-            return files
-    try:
-        return TensorFiles.open(path)
-    except ValueError as error:
-        if elsewhere := _heads_elsewhere(path):
-            raise ValueError(f"found no weights in {path}, {elsewhere}") from error
-        raise
-
-
-def _named_files(path: Path) -> list[Path]:
-    """The files of a directory named after heads, in the first of the forms that are there."""
-    named = [file for file in sorted(path.iterdir()) if _is_named(file) and file.is_file()]
-    for suffix in _SUFFIXES:
-        if index := next((file for file in named if file.name.endswith(suffix + INDEX_SUFFIX)), None):
-            return [index]
-        found = [file for file in named if file.suffix == suffix]
-        shards = [match for file in found if (match := _SHARD.search(file.name))]
-        names = ", ".join(file.name for file in found[:3])
-        if shards and len(found) == len(shards) != int(shards[0]["of"]):
-            raise ValueError(f"{path} holds {len(found)} of {int(shards[0]['of'])} shards ({names}): complete the download")
-        if len(found) > 1 and not shards:
-            raise ValueError(f"{path} holds heads in several files ({names}), expected one: name the file")
-        if found:
-            return found
-    return []
-
-
-def _is_named(file: Path) -> bool:
-    return "medusa" in file.name.lower() or file.name == _FSDP_FILE
-
-
-def _heads_elsewhere(path: Path) -> str | None:
-    """Where else heads may be, as the end of a line."""
-    if next(path.glob("*.distcp"), None) or next(path.glob("*/*.distcp"), None):
-        return "but FSDP's own parts: join them with `axolotl merge-sharded-fsdp-weights`"
-    for folder in sorted(folder for folder in path.iterdir() if folder.is_dir()):
-        for file in sorted(folder.iterdir()):
-            if _is_named(file) and file.suffix in _SUFFIXES:
-                return f"but its folder {folder.name} holds {file.name}: give that folder"
-    return None
-
-
 def _no_heads(path: Path, files: TensorFiles, *, has_output_layers: bool) -> str:
     if has_output_layers:
         return (
             f"found no Medusa heads in {path}: output layers and no residual block, expected both; get the heads again"
         )
-    if path.is_dir() and (elsewhere := _heads_elsewhere(path)):
+    if path.is_dir() and (elsewhere := heads_elsewhere(path)):
         return f"found no Medusa heads in {path}, {elsewhere}"
     example = next(iter(files), "nothing")
     return (
