@@ -29,8 +29,9 @@ from axolotl_medusa.serving.served_model import lm_head
 def import_heads(directory: str | Path, out: str | Path, base_model: str | None = None) -> list[str]:
     """Writes heads of any known format as a canonical directory.
 
-    Known are the formats of FasterDecoding (current, legacy and merged), TGI, LoRAX, vLLM, TensorRT-LLM, rtp-llm and
-    ModelOpt, heads that peft saved among its `modules_to_save`, and the canonical directory itself.
+    Known are the formats of FasterDecoding (current, legacy and merged), TGI, LoRAX, vLLM, TensorRT-LLM (its checkpoints
+    too), rtp-llm, SGLang and ModelOpt, heads that peft saved among its `modules_to_save`, and the canonical directory itself;
+    each of them also with the names of DDP, FSDP, torch.compile or peft around, and under a key of a training checkpoint.
 
     Args:
         directory: The heads, or the model or adapter that holds them.
