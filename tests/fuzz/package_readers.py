@@ -264,6 +264,24 @@ TORCH_HEADS = torch_bytes(
 )
 
 
+WRAPPED_HEADS = torch_bytes(
+    {
+        "state_dict": {
+            f"module.medusa_head.{head}.0._fsdp_wrapped_module.linear.{kind}": HEADS[f"{head}.0.linear.{kind}"]
+            for head in range(2)
+            for kind in ("weight", "bias")
+        },
+        "medusa_head": {f"{head}.1.weight": weights(VOCAB, HIDDEN) for head in range(2)},
+        "optimizer": {"state": {0: {"exp_avg": weights(2, 2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "epoch": 3,
+    }
+)
+
+
+def make_wrapped_heads(directory: Path) -> None:
+    put(directory, config__json={"base_model_name_or_path": "base"}, medusa_step_9__pt=WRAPPED_HEADS)
+
+
 def make_export(target: str) -> Any:
     def make(directory: Path) -> None:
         make_base(directory.parent / "base")
@@ -557,6 +575,7 @@ PACKAGE_READERS = [
         },
         200,
     ),
+    Reader("import-wrapped", make_wrapped_heads, import_to, {"medusa_step_9.pt": damaged_archive(WRAPPED_HEADS)}, 200),
     *(
         Reader(
             f"verify-{target}",

@@ -141,6 +141,38 @@ def test_torch_file_of_anything_but_named_tensors_is_refused(content, message, t
         TensorFiles.open(tmp_path / "a.pt")
 
 
+def test_state_dict_under_a_trainers_key_is_found_and_what_is_beside_it_passed_over(tmp_path):
+    beside = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}}
+    heads = {"0.0.linear.weight": torch.ones(2)}
+    torch.save(
+        {"model": {"state_dict": {"x": torch.zeros(3)}, **beside}, "medusa_head": heads, **beside}, tmp_path / "a.pt"
+    )
+    files = TensorFiles.open(tmp_path / "a.pt")
+    assert files.names() == ["x", "medusa_head.0.0.linear.weight"]
+    assert files.load("x").tolist() == [0, 0, 0] and files.load("medusa_head.0.0.linear.weight").tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("place", ["state_dict", "optimizer"])
+def test_tensor_larger_than_its_file_is_refused_wherever_it_is(place, tmp_path):
+    content = {"state_dict": {"x": torch.ones(1)}, "optimizer": {"y": torch.ones(1)}}
+    content[place]["huge"] = torch.zeros(1).expand(2**40)
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="is larger than the file"):
+        TensorFiles.open(tmp_path / "a.pt")
+
+
+def test_torch_file_of_things_that_hold_themselves_is_read_once(tmp_path):
+    itself: list[object] = []
+    itself += [itself, itself]
+    torch.save({"state_dict": {"x": torch.ones(1)}, "optimizer": itself}, tmp_path / "a.pt")
+    assert TensorFiles.open(tmp_path / "a.pt").names() == ["x"]
+    nested: dict[str, object] = {}
+    nested["model"] = nested
+    torch.save(nested, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="expected tensors by name"):
+        TensorFiles.open(tmp_path / "b.pt")
+
+
 def with_header(header: object, data: bytes = b"\0" * 8) -> bytes:
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(encoded)) + encoded + data

@@ -10,15 +10,13 @@ from axolotl_medusa.model.file_names import HEADS_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.model.heads_directory import heads_config
 from axolotl_medusa.serving.format_rules import (
-    OUTPUT_LAYER,
     TARGETS,
-    HeadTensor,
     form_of,
-    parse,
     plan,
     refusal,
     target_config,
 )
+from axolotl_medusa.serving.head_names import OUTPUT_LAYER, HeadTensor, parse
 
 HIDDEN, VOCAB = 8, 24
 SERVED = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": HIDDEN}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -356,3 +359,44 @@ def test_what_is_not_whole_heads_is_refused_and_nothing_written(case, tmp_path, 
     with pytest.raises(ValueError, match=message) as error:
         import_heads(tmp_path / "published", tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+MEGABYTE = 2**20
+ROWS, WIDTH = 16384, 512
+"""Of an output layer of 32 MB, 20 times what the other tensors of a head have."""
+
+
+@pytest.mark.parametrize("file", ["medusa_lm_head.safetensors", "medusa_lm_head.pt"])
+def test_import_holds_one_tensor_at_a_time(file, tmp_path):
+    """Copies of lm_head are compared with each other, which makes it the import that reads the most."""
+    small = publish(tmp_path / "small", heads_of(), BASE_KEY, file)
+    torch.manual_seed(0)
+    tensors = dict(MedusaHeads(WIDTH, ROWS, 3).state_dict())
+    for head in range(1, 3):
+        tensors[f"{head}.1.weight"] = tensors["0.1.weight"].clone()
+    large = publish(tmp_path / "large", tensors, BASE_KEY, file)
+    meta = {
+        "recipe": "medusa-1",
+        "export": {"target": "tensorrt-llm", "config": {**BASE_KEY, "original_lm_head": True}},
+    }
+    (large / "medusa_meta.json").write_text(json.dumps(meta))
+    code = f"""
+        from pathlib import Path
+        from axolotl_medusa.serving.import_heads import import_heads
+
+        def kilobytes(key):
+            lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+            return int(lines[key].split()[0])
+
+        import_heads({str(small)!r}, {str(tmp_path / "first")!r})  # what torch imports for such a file is not counted
+        before = kilobytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        import_heads({str(large)!r}, {str(tmp_path / "out")!r})
+        print((kilobytes("VmHWM") - before) * 1024)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert read_heads(tmp_path / "out").form == "shared"
+    tensor = 4 * ROWS * WIDTH
+    assert int(run.stdout) < 1.4 * tensor, (
+        f"{int(run.stdout) / MEGABYTE:.0f} MB for tensors of {tensor / MEGABYTE:.0f} MB"
+    )

@@ -175,3 +175,27 @@ def test_config_problems_missing_chat_template_is_not_taken_for_a_template(place
     file.write_text("{{ messages }}")
     assert problems(**keys(str(file))) == []
     assert problems(**keys("{% for m in messages %}{{ m.content }}{% endfor %}")) == []
+
+
+PUBLISHED = {
+    "fasterdecoding": ("medusa_lm_head.pt", {"medusa_num_heads": 3, "medusa_num_layers": 1}),
+    "tgi": ("medusa_lm_head.safetensors", {"medusa_num_heads": 3, "medusa_num_layers": 1}),
+    "vllm": ("model.safetensors", {"model_type": "medusa", "num_heads": 3}),
+    "first-fork": ("adapter_model.safetensors", {"model_type": "llama"}),
+    "merged": ("pytorch_model.bin", {"model_type": "llama", "medusa_num_heads": 3}),
+}
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_config_problems_init_from_published_heads_names_the_command_that_makes_them_ours(form, tmp_path):
+    file, config = PUBLISHED[form]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / file).touch()
+    (line,) = problems(medusa_init_from=str(tmp_path))
+    assert f"axolotl-medusa import {tmp_path} --to canonical --out DIR" in line and "\n" not in line
+
+
+def test_config_problems_init_from_a_file_of_heads_names_the_command_too(tmp_path):
+    (tmp_path / "heads.pt").touch()
+    (line,) = problems(medusa_init_from=str(tmp_path / "heads.pt"))
+    assert f"axolotl-medusa import {tmp_path}/heads.pt --to canonical" in line

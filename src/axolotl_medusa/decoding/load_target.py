@@ -20,8 +20,10 @@ from axolotl_medusa.decoding.library_errors import one_line_for
 from axolotl_medusa.model.anatomy import causal_lm, embedding_shape, frozen_output_embedding, output_embedding
 from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.model.heads_directory import HeadsFile, read_heads, weight_hash
-from axolotl_medusa.model.sources import Source, find_source
+from axolotl_medusa.model.sources import Source, adapter_file, find_source
 from axolotl_medusa.model.stored_embeddings import stored_output_embedding
+from axolotl_medusa.model.tensor_files import TensorFiles
+from axolotl_medusa.model.wrapped_names import check_bare
 
 LOG = logging.getLogger(__name__)
 
@@ -60,6 +62,8 @@ def load_target(
         _check_hash(source, lambda: weight, type(causal_lm(base_model)).__name__)
         return base_model, file
     directory = source.model_dir()
+    if source.adapter_dir is not None:
+        check_bare(TensorFiles.open(adapter_file(source.adapter_dir)), source.adapter_dir, prefix="base_model.model.")
     stored = stored_output_embedding(directory)
     _check_shape(stored.shape, (file.config["vocab_size"], file.config["hidden_size"]), str(directory))
     _check_hash(source, stored.load, str(directory))

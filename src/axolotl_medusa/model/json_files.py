@@ -76,6 +76,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_json_if_there(file: Path) -> dict[str, Any]:
+    """As `read_json`; empty where there is no file."""
+    return read_json(file) if file.is_file() else {}
+
+
 def read_value(file: Path) -> Any:
     """Reads a JSON file.
 

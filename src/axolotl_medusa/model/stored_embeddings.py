@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from axolotl_medusa.model.file_names import CONFIG_FILE
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
+from axolotl_medusa.model.wrapped_names import check_bare
 
 _HEAD_OF = {
     "embed_tokens": "lm_head",
@@ -35,9 +36,10 @@ def stored_output_embedding(directory: Path) -> LazyTensor:
     """The output embedding in a model's directory, `[vocab_size, hidden_size]`: with tied embeddings the input embedding.
 
     Raises:
-        ValueError: The directory holds no causal language model.
+        ValueError: The directory holds no causal language model, or one that transformers would not load.
     """
     tensors = {tensor.name: tensor for tensor in TensorFiles.open(directory).values()}
+    check_bare(tensors, directory)
     embeddings = stored_embeddings(tensors, read_json(directory / CONFIG_FILE), directory)
     return tensors[embeddings.tokens if embeddings.tied else embeddings.head]
 

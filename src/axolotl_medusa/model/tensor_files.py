@@ -23,10 +23,11 @@ from torch import Tensor
 from axolotl_medusa.model.file_names import TORCH_FILE, TORCH_INDEX
 from axolotl_medusa.model.json_files import parse_json, read_json
 from axolotl_medusa.model.safe_paths import stays_inside
-from axolotl_medusa.model.torch_files import DAMAGE, check_torch_file
+from axolotl_medusa.model.torch_files import DAMAGE, LONGEST_NAME, check_torch_file, is_name, state_dict
 
 SAFETENSORS_FILE = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
+INDEX_SUFFIX = ".index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """Size of a shard where nothing else is asked for, as in transformers."""
 
@@ -56,8 +57,6 @@ _MAX_HEADER_BYTES = 100_000_000
 _LARGEST_SIZE = 2**62
 """Of a dimension, and of all of a shape: torch counts in 64 bits."""
 _MAX_RANK = 64
-_LONGEST_NAME = 500
-"""Characters of a tensor's name, and of what messages quote."""
 
 
 class LazyTensor(NamedTuple):
@@ -111,15 +110,24 @@ class TensorFiles(Mapping[str, LazyTensor]):
         """Opens a file, or the weights of a directory.
 
         Args:
-            path: A `.safetensors` file, any other file as `torch.save` writes it, or a directory. Of a directory: the
-                shards of its index, `model.safetensors`, or every `*.safetensors` that it holds; without any of them
-                `pytorch_model*.bin`, `adapter_model.bin` or every `*.pt`.
+            path: A `.safetensors` file, the `.index.json` of shards, any other file as `torch.save` writes it, or a
+                directory. Of a directory: the shards of its index, `model.safetensors`, or every `*.safetensors` that it
+                holds; without any of them `pytorch_model*.bin`, `adapter_model.bin` or every `*.pt`.
 
         Raises:
             ValueError: There is no such file, it is damaged, or it holds anything but tensors.
         """
         path = Path(path)
-        return cls(path, {file: _tensors_of(file) for file in _weight_files(path)})
+        return cls.open_all(path, _weight_files(path))
+
+    @classmethod
+    def open_all(cls, where: Path, files: Iterable[Path]) -> TensorFiles:
+        """Opens files that belong together; `where` is what messages call them.
+
+        Raises:
+            ValueError: As `open`, or two of them hold the same name.
+        """
+        return cls(where, {file: _tensors_of(file) for file in files})
 
     def __getitem__(self, name: str) -> LazyTensor:
         try:
@@ -165,7 +173,7 @@ class TensorFiles(Mapping[str, LazyTensor]):
 
 def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
-        return [path]
+        return _indexed_files(path) if path.name.endswith(INDEX_SUFFIX) else [path]
     if not path.is_dir():
         raise ValueError(f"{path} does not exist: expected a file of tensors or a directory of such files")
     for index, single, pattern in (
@@ -191,8 +199,8 @@ def _indexed_files(index: Path) -> list[Path]:
     if not names:
         raise ValueError(f"{index} is damaged: expected a weight_map of tensor names to files")
     for name in names:
-        if not _is_name(name) or name != Path(name).name:
-            shown = ascii(name)[:_LONGEST_NAME]
+        if not is_name(name) or name != Path(name).name:
+            shown = ascii(name)[:LONGEST_NAME]
             raise ValueError(f"{index} names {shown}, expected the name of a file beside it: get the index again")
         if not (index.parent / name).is_file():
             raise ValueError(f"{index} names {name}, which is not beside it: complete the download")
@@ -216,7 +224,7 @@ def _safetensors(file: Path) -> list[LazyTensor]:
     try:
         return _described_tensors(file, parse_json(header_bytes, "its header", size), 8 + length, size)
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        reason = ascii(str(error) if isinstance(error, ValueError) else repr(error))[1:-1][:_LONGEST_NAME]
+        reason = ascii(str(error) if isinstance(error, ValueError) else repr(error))[1:-1][:LONGEST_NAME]
         raise ValueError(f"{file} is not a whole safetensors file ({reason}): get it again") from error
 
 
@@ -226,7 +234,7 @@ def _described_tensors(file: Path, header: dict[str, Any], start: int, size: int
     end, tensors = 0, []
     for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
         begin, previous, (_, end) = entry["data_offsets"][0], end, entry["data_offsets"]
-        if not _is_name(name) or not all(_is_size(value) for value in (begin, end, *entry["shape"])):
+        if not is_name(name) or not all(_is_size(value) for value in (begin, end, *entry["shape"])):
             raise ValueError(f"{name} is {entry}")
         if len(entry["shape"]) > _MAX_RANK or math.prod(max(1, dim) for dim in entry["shape"]) > _LARGEST_SIZE:
             raise ValueError(f"{name} has the shape {entry['shape']}")
@@ -241,11 +249,6 @@ def _described_tensors(file: Path, header: dict[str, Any], start: int, size: int
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST_SIZE
-
-
-def _is_name(name: Any) -> bool:
-    """Whether a tensor's name can be one: it also stands in messages, of one line."""
-    return isinstance(name, str) and len(name) <= _LONGEST_NAME and name.isprintable()
 
 
 def _safetensor(file: Path, name: str, entry: Mapping[str, Any], offset: int) -> LazyTensor:
@@ -289,15 +292,7 @@ def _torch_file(file: Path) -> dict[str, Tensor]:
             f"{file} cannot be read as plain tensors ({reason}): pickled code is never run; "
             "save it again as a dictionary of tensors, or get the safetensors form"
         ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{file} holds a {type(content).__name__}, expected a dictionary of tensors (a state dict)")
-    for name, value in content.items():
-        if not _is_name(name) or not isinstance(value, Tensor):
-            shown = ascii(name)[:_LONGEST_NAME]
-            raise ValueError(
-                f"{file} holds a {type(value).__name__} under {shown}, expected tensors by name; save its state dict alone"
-            )
-    return dict(content)
+    return state_dict(content, file)
 
 
 def write_tensors(path: str | Path, tensors: Iterable[LazyTensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """Torch files as strangers send them: what one claims to hold is checked before any memory is given to it.
 
-Contract: knows `torch.save`'s two formats, and that the file should hold tensors by name and nothing else. A zip archive
-may unpack to any size, a pickle may ask for a tensor of any shape, and `torch.load` would believe both.
+Contract: knows `torch.save`'s two formats, and that the file should hold tensors by name, at its top or under the keys that
+trainers use. A zip archive may unpack to any size, a pickle may ask for a tensor of any shape, and `torch.load` would believe
+both.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import pickle
 import pickletools
 import struct
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -55,6 +58,15 @@ _PLAIN = {
 """Names that pickled tensors need; torch itself allows more, `bytearray` of any length among them."""
 
 
+_OF_HEADS = ("medusa_head", "medusa_heads")
+_STATE_DICTS = ("state_dict", "model_state_dict", "model", "module", *_OF_HEADS)
+"""Keys that trainers save a state dict under, beside an optimizer and a step."""
+_DEEPEST = 3
+"""Keys within keys that are followed."""
+LONGEST_NAME = 500
+"""Characters of a tensor's name, and of what messages quote."""
+
+
 def check_torch_file(file: Path) -> None:
     """Checks that a file of `torch.save` holds no more than its own size.
 
@@ -66,15 +78,70 @@ def check_torch_file(file: Path) -> None:
         _check_pickles(file, size)
         with FakeTensorMode():  # tensors with shapes and without memory
             content = torch.load(file, weights_only=True)
-        for value in content.values() if isinstance(content, dict) else ():
-            if isinstance(value, torch.Tensor) and value.numel() * value.element_size() > size:
-                raise ValueError(f"a tensor of {tuple(value.shape)} is larger than the file, of {size:,} bytes")
+        for tensor in _tensors_in(content):
+            if tensor.numel() * tensor.element_size() > size:
+                raise ValueError(f"a tensor of {tuple(tensor.shape)} is larger than the file, of {size:,} bytes")
     except DAMAGE as error:
         reason = str(error).split("\n")[0][:120] or type(error).__name__
         raise ValueError(
             f"{file} cannot be read as plain tensors ({reason}): pickled code is never run; "
             "save it again as a dictionary of tensors, or get the safetensors form"
         ) from error
+
+
+def state_dict(content: Any, file: Path) -> dict[str, torch.Tensor]:
+    """The tensors by name that a file of `torch.save` holds: all of it, or what trainers put under a key of their own.
+
+    An optimizer and numbers beside that key are passed over. Heads under a key keep its name before theirs.
+
+    Raises:
+        ValueError: It holds anything else, or one name under two keys.
+    """
+    found: dict[str, torch.Tensor] = {}
+    keys: dict[str, str] = {}
+    for key, name, value in _named(content, file):
+        if not is_name(name) or not isinstance(value, torch.Tensor):
+            shown = ascii(name)[:LONGEST_NAME]
+            raise ValueError(
+                f"{file} holds a {type(value).__name__} under {shown}, expected tensors by name, or under "
+                f"{', '.join(_STATE_DICTS)}; save its state dict alone"
+            )
+        if name in found:
+            raise ValueError(
+                f"{file} holds {name} under both {keys[name]} and {key}, expected one; save one state dict alone"
+            )
+        found[name], keys[name] = value, key
+    return found
+
+
+def is_name(name: Any) -> bool:
+    """Whether a tensor's name can be one: it also stands in messages, of one line."""
+    return isinstance(name, str) and len(name) <= LONGEST_NAME and name.isprintable()
+
+
+def _named(content: Any, file: Path, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any, Any]]:
+    """Keys, names and values of the state dicts in a file; `key` is what led to them."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file} holds a {type(content).__name__}, expected a dictionary of tensors (a state dict)")
+    nested = [name for name in _STATE_DICTS if isinstance(content.get(name), Mapping)]
+    if not nested or depth == _DEEPEST:
+        yield from ((key, name, value) for name, value in content.items())
+    for name in nested if depth < _DEEPEST else ():
+        prefix = f"{name}." if name in _OF_HEADS else ""
+        for inner, inner_name, value in _named(content[name], file, name, depth + 1):
+            yield inner, f"{prefix}{inner_name}" if isinstance(inner_name, str) else inner_name, value
+
+
+def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested dictionaries and lists, which may also hold themselves."""
+    left, seen = [content], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            left.extend(value.values() if isinstance(value, Mapping) else value)
 
 
 def _check_pickles(file: Path, size: int) -> None:

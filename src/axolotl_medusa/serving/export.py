@@ -26,10 +26,9 @@ from axolotl_medusa.model.file_names import (
 )
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.secrets import without_secrets
-from axolotl_medusa.model.sources import Source, adapter_file
+from axolotl_medusa.model.sources import Source
 from axolotl_medusa.model.tensor_files import (
     LazyTensor,
-    TensorFiles,
     write_json,
     write_sharded,
     write_tensors,
@@ -37,6 +36,7 @@ from axolotl_medusa.model.tensor_files import (
 )
 from axolotl_medusa.serving.export_files import MERGED_FOLDER, read_marker, replaced_files
 from axolotl_medusa.serving.format_rules import TARGETS, Target, plan, refusal, target_config
+from axolotl_medusa.serving.lora import PEFT_PREFIX, adapter_tensors
 from axolotl_medusa.serving.model_card import measured_in_training, model_card, serve_command
 from axolotl_medusa.serving.served_model import (
     lm_head,
@@ -139,7 +139,7 @@ def _check_adapter(adapter: Path, target: Target) -> None:
             f"found heads trained with the adapter in {adapter}, expected a merged model: {target.name} does not serve "
             "both; add --model merged, or export to lorax"
         )
-    other = [name for name in TensorFiles.open(adapter_file(adapter)) if not _LORA_NAME.search(name)]
+    other = [tensor.name for name, tensor in adapter_tensors(adapter).items() if not _LORA_NAME.search(name)]
     if other:
         raise ValueError(
             f"found {other[0]} in {adapter}, expected nothing but LoRA matrices: {target.name} would leave it out; "
@@ -248,4 +248,5 @@ def _write_model(source: Source, directory: Path) -> None:
 
 def _copy_adapter(adapter: Path, out: Path) -> None:
     write_json(out / ADAPTER_CONFIG_FILE, without_secrets(read_json(adapter / ADAPTER_CONFIG_FILE)))
-    write_tensors(out / ADAPTER_FILE, TensorFiles.open(adapter_file(adapter)).values())
+    tensors = (tensor._replace(name=PEFT_PREFIX + name) for name, tensor in adapter_tensors(adapter).items())
+    write_tensors(out / ADAPTER_FILE, tensors)

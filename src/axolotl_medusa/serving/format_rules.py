@@ -6,12 +6,12 @@ Contract: pure functions of names, sizes and configs; opens no file and holds no
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from axolotl_medusa.model.file_names import HEADS_FILE, SHARED_OUTPUT_LAYER
+from axolotl_medusa.serving.head_names import HeadTensor
 
 TORCH_HEADS_FILE = "medusa_lm_head.pt"
 
@@ -20,25 +20,6 @@ OutputLayers = Literal["own", "one", "copies", "none"]
 
 VLLM_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 """A draft path that holds one of these makes vLLM take the heads for another kind of draft model."""
-
-
-class HeadTensor(NamedTuple):
-    """Place of a tensor among the heads.
-
-    Attributes:
-        head: Which head, from 0.
-        layer: Which residual block, from 0; the number of blocks stands for the output layer after them.
-        kind: `linear.weight` and `linear.bias` of a block, `weight` of an output layer.
-    """
-
-    head: int
-    layer: int
-    kind: Literal["linear.weight", "linear.bias", "weight"]
-
-    @property
-    def canonical(self) -> str:
-        """Its name in a canonical directory."""
-        return f"{self.head}.{self.layer}.{self.kind}"
 
 
 @dataclass(frozen=True)
@@ -258,38 +239,3 @@ def _refused_path(target: Target, out: str) -> str | None:
         f"found '{method}' in the path {out}, expected a path without it: vLLM would take the heads for another kind of "
         "draft model; choose another --out"
     )
-
-
-_IN_MODEL = re.compile(r"(?:^|\.)medusa_heads?\.(?:modules_to_save\.(?:[A-Za-z_]\w*\.)?)?(?P<rest>\d.*)$")
-_SEQUENTIAL = re.compile(r"^(?P<head>\d+)\.(?P<layer>\d+)\.(?P<kind>linear\.weight|linear\.bias|weight)$")
-_NATIVE_BLOCK = re.compile(r"^blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<kind>weight|bias)$")
-_NATIVE_OUTPUT = re.compile(r"^lm_heads\.(?P<head>\d+)\.weight$")
-
-OUTPUT_LAYER = -1
-"""`layer` of an output layer whose name does not say how many blocks precede it."""
-
-
-class Parsed(NamedTuple):
-    """What a name in some format means.
-
-    Attributes:
-        tensor: The place among the heads; `layer` is `OUTPUT_LAYER` in names that do not give it.
-        in_model: Whether the heads lie inside a model's or an adapter's files, among tensors that are not theirs.
-    """
-
-    tensor: HeadTensor
-    in_model: bool
-
-
-def parse(name: str) -> Parsed | None:
-    """Reads a tensor's name in any of the formats, peft's `modules_to_save` included; None if it is not of the heads."""
-    inner = _IN_MODEL.search(name)
-    if found := _SEQUENTIAL.match(inner["rest"] if inner else name):
-        kind: Any = found["kind"]
-        return Parsed(HeadTensor(int(found["head"]), int(found["layer"]), kind), inner is not None)
-    if found := _NATIVE_BLOCK.match(name):
-        kind = f"linear.{found['kind']}"
-        return Parsed(HeadTensor(int(found["head"]), int(found["layer"]), kind), False)
-    if found := _NATIVE_OUTPUT.match(name):
-        return Parsed(HeadTensor(int(found["head"]), OUTPUT_LAYER, "weight"), False)
-    return None

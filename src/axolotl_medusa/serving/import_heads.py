@@ -1,70 +1,37 @@
 """Published Medusa heads in any known format, rewritten as a canonical directory.
 
-Contract: recognises a format by its tensors' names and takes every size from their shapes; a config is asked only for
-what shapes cannot say, since published ones are often wrong. Tensors go through one at a time, bit by bit as they were.
+Contract: writes what `published_heads` found, and no name of a format but the canonical one. Tensors go through one at a
+time, bit by bit as they were; where they are of several types, they become the one that holds all their values.
 """
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
+from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.heads import HeadForm, MedusaHeads
-from axolotl_medusa.model.heads_directory import HeadsFile, heads_config, verify_heads
-from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.heads_directory import HeadsFile, heads_config, verify_heads, weight_hash
+from axolotl_medusa.model.json_files import read_json_if_there
 from axolotl_medusa.model.secrets import without_secrets
-from axolotl_medusa.model.sources import Source, text_value
-from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, write_json, write_tensors
-from axolotl_medusa.serving.format_rules import OUTPUT_LAYER, TORCH_HEADS_FILE, HeadTensor, parse
+from axolotl_medusa.model.sources import Source
+from axolotl_medusa.model.tensor_files import LazyTensor, write_json, write_tensors
+from axolotl_medusa.serving.head_names import HeadTensor
+from axolotl_medusa.serving.published_heads import PublishedHeads, find_published_heads
 from axolotl_medusa.serving.served_model import lm_head
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Heads as they lie in files.
-
-    Attributes:
-        where: The directory.
-        tensors: Every tensor of theirs, by its place; output layers under the number of blocks.
-        num_heads: Number of heads N.
-        num_layers: Blocks per head L.
-        in_model: Whether they lie inside a model's or adapter's files.
-        config: `config.json` beside them.
-        meta: `medusa_meta.json` beside them, where this package exported them.
-    """
-
-    where: Path
-    tensors: dict[HeadTensor, LazyTensor]
-    num_heads: int
-    num_layers: int
-    in_model: bool
-    config: dict[str, Any]
-    meta: dict[str, Any]
-
-    @property
-    def canonical_config(self) -> dict[str, Any]:
-        """The config that the heads had before this package exported them, empty for other heads."""
-        export = self.meta.get("export")
-        config = export.get("config") if isinstance(export, dict) else None
-        return config if isinstance(config, dict) else {}
-
-    def outputs(self) -> list[LazyTensor]:
-        """The output layers that are there, by head."""
-        places = (HeadTensor(head, self.num_layers, "weight") for head in range(self.num_heads))
-        return [self.tensors[place] for place in places if place in self.tensors]
 
 
 def import_heads(directory: str | Path, out: str | Path, base_model: str | None = None) -> list[str]:
     """Writes heads of any known format as a canonical directory.
 
-    Known are the formats of FasterDecoding (current, legacy and merged), TGI, LoRAX, vLLM, TensorRT-LLM, rtp-llm and
-    ModelOpt, heads that peft saved among its `modules_to_save`, and the canonical directory itself.
+    Known are the formats of FasterDecoding (current, legacy and merged), TGI, LoRAX, vLLM, TensorRT-LLM (its checkpoints
+    too), rtp-llm, SGLang and ModelOpt, heads that peft saved among its `modules_to_save`, and the canonical directory itself;
+    each of them also with the names of DDP, FSDP, torch.compile or peft around, and under a key of a training checkpoint.
 
     Args:
         directory: The heads, or the model or adapter that holds them.
@@ -80,13 +47,10 @@ def import_heads(directory: str | Path, out: str | Path, base_model: str | None 
     """
     out = Path(out)
     _check_out(out)
-    found = _find(Path(directory))
-    base = base_model or _base_model(found)
-    named = text_value(found.config, "base_model_name_or_path", found.where / CONFIG_FILE)
-    tensors, form = _canonical_tensors(found, base_model or named or base)
-    notes = [f"{found.num_heads} heads of {found.num_layers} residual blocks, {form}"]
-    if not any(place.kind == "linear.bias" for place in found.tensors):
-        notes.append("the blocks have no biases: zeros were added, which compute the same")
+    found = find_published_heads(Path(directory))
+    base = base_model or found.base_model()
+    tensors, form = _canonical_tensors(found, base_model, base)
+    notes = _notes(found, form)
     by_name = {tensor.name: tensor for tensor in tensors}
     config = _config(found, by_name, form, base)
     sketch = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in by_name.items()}
@@ -95,6 +59,15 @@ def import_heads(directory: str | Path, out: str | Path, base_model: str | None 
         notes.append(
             f"the {found.num_layers} blocks of every head are equal, as trainers write them that repeat one block: "
             "they are kept as independent blocks, which compute the same"
+        )
+    if found.has_lora and out.resolve() != (found.where / HEADS_FOLDER).resolve():
+        notes.append(
+            f"they were trained together with a LoRA in {found.where}, which a server needs too: import them with "
+            f"--out {found.where / HEADS_FOLDER} and export {found.where}"
+        )
+    if not found.adapter_config and not found.has_lora and found.own_lm_head() is not None and base != str(found.where):
+        notes.append(
+            f"they lie in a whole model: if it was trained together with them, serve that one, with --base-model {found.where}"
         )
     meta = {key: value for key, value in without_secrets(found.meta).items() if key != "export"}
     meta = meta or {"imported": {"from": found.where.resolve().name, "notes": notes}}
@@ -134,97 +107,43 @@ def _check_out(out: Path) -> None:
 
 def _is_canonical(directory: Path) -> bool:
     try:
-        meta, config = _json(directory / META_FILE), _json(directory / CONFIG_FILE)
+        meta, config = read_json_if_there(directory / META_FILE), read_json_if_there(directory / CONFIG_FILE)
     except ValueError:
         return False
     return (
-        bool({"recipe", "imported"} & meta.keys())
+        "imported" in meta  # what training wrote is written over by no import
         and "export" not in meta
         and config.get("model_type", "medusa") == "medusa"
     )
 
 
-def _find(path: Path) -> _Found:
-    where = path.parent if path.is_file() else path
-    heads_files = (path / HEADS_FILE, path / TORCH_HEADS_FILE)
-    files = TensorFiles.open(next((file for file in heads_files if file.is_file()), path))
-    tensors: dict[HeadTensor, LazyTensor] = {}
-    surplus: list[str] = []
-    in_model = False
-    for name in files:
-        parsed = parse(name)
-        if parsed is None:
-            surplus.append(name)
-            continue
-        if parsed.tensor in tensors:
-            raise ValueError(
-                f"{path}: {tensors[parsed.tensor].name} and {name} are the same tensor, expected one of them"
-            )
-        tensors[parsed.tensor] = files[name]
-        in_model |= parsed.in_model
-    layers = [place.layer for place in tensors if place.kind != "weight"]
-    if not layers:
-        example = next(iter(files), "nothing")
-        raise ValueError(
-            f"found no Medusa heads in {path} ({len(files)} tensors, the first is {example}), expected residual blocks such "
-            "as 0.0.linear.weight, medusa_head.0.0.linear.weight or blocks.0.layers.0.weight; is it the right directory?"
+def _notes(found: PublishedHeads, form: HeadForm) -> list[str]:
+    notes = [f"{found.num_heads} heads of {found.num_layers} residual blocks, {form}"]
+    if not any(place.kind == "linear.bias" for place in found.tensors):
+        notes.append("the blocks have no biases: zeros were added, which compute the same")
+    said = found.config.get("medusa_num_layers")
+    if type(said) is int and said != found.num_layers:
+        notes.append(
+            f"{CONFIG_FILE} says {said} residual blocks per head, the file has {found.num_layers}, which counts"
         )
-    if surplus and not in_model:
-        raise ValueError(_surplus_message(path, surplus[0]))
-    num_heads, num_layers = max(place.head for place in tensors) + 1, max(layers) + 1
-    if num_heads * num_layers > len(tensors):
-        raise ValueError(
-            f"{path} has {len(tensors)} tensors of heads, expected {num_heads} heads of {num_layers} residual blocks as its names "
-            "say: get it again"
-        )
-    return _Found(
-        where,
-        {_with_layer(place, num_layers): tensor for place, tensor in tensors.items()},
-        num_heads,
-        num_layers,
-        in_model,
-        _json(where / CONFIG_FILE) or _json(where / ADAPTER_CONFIG_FILE),
-        _json(where / META_FILE),
-    )
+    if len(dtypes := found.dtypes()) > 1:
+        *names, common = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, _common_type(found)))
+        notes.append(f"the tensors are {' and '.join(names)}: all became {common}, which changes no value")
+    return notes
 
 
-def _with_layer(place: HeadTensor, num_layers: int) -> HeadTensor:
-    return place._replace(layer=num_layers) if place.layer == OUTPUT_LAYER else place
+def _common_type(found: PublishedHeads) -> torch.dtype:
+    """The smallest type that holds the values of every tensor."""
+    return functools.reduce(torch.promote_types, found.dtypes())
 
 
-def _surplus_message(path: Path, name: str) -> str:
-    if name == "token_map":
-        return (
-            f"{path} has a token_map: its heads know a part of the vocabulary only, expected output layers of the whole "
-            "vocabulary; take heads that were not truncated"
-        )
-    return (
-        f"{path} has the tensor {name}, expected nothing but Medusa heads in this file; remove it if it is not theirs"
-    )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
-
-
-def _base_model(found: _Found) -> str:
-    for config in (found.canonical_config, found.config):
-        if name := text_value(config, "base_model_name_or_path", found.where / CONFIG_FILE):
-            return name
-    if found.in_model:
-        return str(found.where)
-    raise ValueError(
-        f"{found.where}/{CONFIG_FILE} names no base model (base_model_name_or_path), expected the model that the heads were "
-        "trained on; pass it as --base-model"
-    )
-
-
-def _canonical_tensors(found: _Found, served: str) -> tuple[list[LazyTensor], HeadForm]:
+def _canonical_tensors(found: PublishedHeads, base_model: str | None, base: str) -> tuple[list[LazyTensor], HeadForm]:
     """The tensors of the canonical file and the form that they have.
 
     Args:
         found: The heads.
-        served: Name or path of the model whose lm_head they use where they bring none.
+        base_model: The model that the user named.
+        base: Name or path of the model that they were trained on.
     """
     tensors = [
         tensor._replace(name=place.canonical)
@@ -241,16 +160,24 @@ def _canonical_tensors(found: _Found, served: str) -> tuple[list[LazyTensor], He
         )
     if len(weights) == len(tensors):
         tensors += [_zero_bias(weight) for weight in weights]
+    form: HeadForm = "shared"
     outputs = found.outputs()
     if not outputs:
-        own = lm_head(Source(found.where, config={}, meta={}, base_model=served))
-        return [*tensors, _cast(own, weights[0].dtype)], "shared"
-    if _is_shared(found, outputs):
-        return [*tensors, outputs[0]._replace(name=SHARED_OUTPUT_LAYER)], "shared"
-    own_layers = (
-        tensor._replace(name=place.canonical) for place, tensor in found.tensors.items() if place.kind == "weight"
-    )
-    return [*tensors, *own_layers], "separate"
+        tensors.append(_served_lm_head(found, base_model, base)._replace(name=SHARED_OUTPUT_LAYER))
+    elif _is_shared(found, outputs):
+        tensors.append(outputs[0]._replace(name=SHARED_OUTPUT_LAYER))
+    else:
+        form = "separate"
+        own = (place for place in found.tensors if place.kind == "weight")
+        tensors += [found.tensors[place]._replace(name=place.canonical) for place in own]
+    return [_cast(tensor, _common_type(found)) for tensor in tensors], form
+
+
+def _served_lm_head(found: PublishedHeads, base_model: str | None, base: str) -> LazyTensor:
+    """The output layer of heads that bring none: that of the model that the user named, they lie in, or the config names."""
+    own = None if base_model else found.own_lm_head()
+    served = base_model or found.named_base_model() or base
+    return own or lm_head(Source(found.where, config={}, meta={}, base_model=served))
 
 
 def _zero_bias(weight: LazyTensor) -> LazyTensor:
@@ -260,11 +187,13 @@ def _zero_bias(weight: LazyTensor) -> LazyTensor:
 
 
 def _cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    return LazyTensor(SHARED_OUTPUT_LAYER, dtype, tensor.shape, lambda: tensor.load().to(dtype))
+    if tensor.dtype == dtype:
+        return tensor
+    return tensor._replace(dtype=dtype, load=lambda: tensor.load().to(dtype))
 
 
-def _is_shared(found: _Found, outputs: list[LazyTensor]) -> bool:
-    if len(outputs) == 1 and outputs[0].name == SHARED_OUTPUT_LAYER:
+def _is_shared(found: PublishedHeads, outputs: list[LazyTensor]) -> bool:
+    if len(outputs) == 1 and outputs[0].name.endswith(SHARED_OUTPUT_LAYER):
         return bool(found.config.get("original_lm_head", found.num_heads > 1))
     if not found.canonical_config.get("original_lm_head"):
         return False
@@ -273,11 +202,12 @@ def _is_shared(found: _Found, outputs: list[LazyTensor]) -> bool:
 
 
 def _equal(tensors: list[LazyTensor]) -> bool:
-    first = tensors[0].load()
-    return all(torch.equal(first, tensor.load()) for tensor in tensors[1:])
+    """Whether tensors have the same bits; one of them is in memory at a time."""
+    first = weight_hash(tensors[0].load())
+    return all(weight_hash(tensor.load()) == first for tensor in tensors[1:])
 
 
-def _blocks_repeat(found: _Found) -> bool:
+def _blocks_repeat(found: PublishedHeads) -> bool:
     def blocks() -> Iterator[list[LazyTensor]]:
         for head in range(found.num_heads):
             for kind in sorted({place.kind for place in found.tensors} - {"weight"}):
@@ -286,7 +216,7 @@ def _blocks_repeat(found: _Found) -> bool:
     return all(_equal(copies) for copies in blocks())
 
 
-def _config(found: _Found, tensors: dict[str, LazyTensor], form: HeadForm, base_model: str) -> dict[str, Any]:
+def _config(found: PublishedHeads, tensors: dict[str, LazyTensor], form: HeadForm, base_model: str) -> dict[str, Any]:
     block = tensors.get("0.0.linear.weight")
     output = tensors.get(SHARED_OUTPUT_LAYER if form == "shared" else f"0.{found.num_layers}.weight")
     if block is None or output is None:

@@ -20,8 +20,12 @@ from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.sources import adapter_file
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
+from axolotl_medusa.model.wrapped_names import unwrapped_names
+from axolotl_medusa.serving.head_names import is_of_heads
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
+"""What names begin with in an adapter's file."""
+
 _LORA_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<matrix>[AB])(\.weight)?")
 _WRAPPER = re.compile(r"\.(base_layer|modules_to_save)\.")
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
@@ -90,8 +94,7 @@ def read_adapter(adapter_dir: Path) -> tuple[dict[str, Any], dict[str, Change]]:
     _check_mergeable(config, adapter_dir)
     file = adapter_file(adapter_dir)
     changes: defaultdict[str, Change] = defaultdict(Change)
-    for tensor in TensorFiles.open(file).values():
-        name = tensor.name.removeprefix(_PEFT_PREFIX)
+    for name, tensor in adapter_tensors(adapter_dir).items():
         if match := _LORA_MATRIX.fullmatch(name):
             change = changes[match["module"] + ".weight"]
             change.low_rank[match["matrix"]] = tensor
@@ -103,13 +106,29 @@ def read_adapter(adapter_dir: Path) -> tuple[dict[str, Any], dict[str, Change]]:
             changes[module + ".weight"].row_ids = _row_ids(config, module)
         elif "lora_" in name or "token_adapter" in name:
             raise ValueError(f"{file}: {tensor.name} is not part of plain LoRA: {HOW_ELSE}")
-        elif ".original_module." not in name:
+        else:
             # modules_to_save, trained biases, or embeddings that peft saved because they were resized or targeted
             changes[_WRAPPER.sub(".", name)].whole = tensor
     for parameter, change in changes.items():
         if len(change.low_rank) == 1:
             raise ValueError(f"{file} has only lora_{next(iter(change.low_rank))} of {parameter}: get the file again")
     return config, dict(changes)
+
+
+def adapter_tensors(adapter_dir: Path) -> dict[str, LazyTensor]:
+    """What an adapter's file holds for the model, by names without peft's prefix and other wrappers.
+
+    Heads that were trained and saved with the adapter are left out, and so are the modules that peft keeps as they were.
+
+    Raises:
+        ValueError: The file is missing or damaged, or has a parameter twice.
+    """
+    file = adapter_file(adapter_dir)
+    files = TensorFiles.open(file)
+    names = unwrapped_names(files, file)
+    return {
+        bare: files[name] for bare, name in names.items() if ".original_module." not in bare and not is_of_heads(bare)
+    }
 
 
 def _check_mergeable(config: dict[str, Any], adapter_dir: Path) -> None:

@@ -6,6 +6,7 @@ Nothing is loaded before it is written, and a merge works in the memory of the t
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from axolotl_medusa.model.safe_paths import stays_inside
 from axolotl_medusa.model.sources import Source
 from axolotl_medusa.model.stored_embeddings import StoredEmbeddings, module_of, stored_embeddings, text_config
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
+from axolotl_medusa.model.wrapped_names import unwrapped_names
+from axolotl_medusa.serving.head_names import is_of_heads
 from axolotl_medusa.serving.lora import HOW_ELSE, Change, changed, read_adapter
 from axolotl_medusa.serving.model_code import model_code
 
@@ -22,6 +25,10 @@ _CONV1D = {
     "openai-gpt": ("c_attn", "c_fc", "c_proj"),
 }
 """By `model_type`, the modules that hold `[in, out]` where a linear layer holds `[out, in]`."""
+
+
+_OF_AN_ADAPTER = re.compile(r"\.(lora_[A-Za-z_]+|base_layer|modules_to_save|original_module)\.")
+"""Parts of names in the state dict of a model that peft still wraps."""
 
 
 class _Served(NamedTuple):
@@ -85,7 +92,7 @@ def model_files(source: Source) -> dict[Path, Path]:
 def _served(source: Source) -> _Served:
     origin = source.model_dir()
     config = {key: value for key, value in read_json(origin / "config.json").items() if "medusa" not in key.lower()}
-    tensors = {tensor.name: tensor for tensor in TensorFiles.open(origin).values()}
+    tensors = _model_tensors(origin)
     base = _Served(tensors, config, stored_embeddings(tensors, config, origin))
     if source.adapter_dir is None:
         return base
@@ -94,6 +101,19 @@ def _served(source: Source) -> _Served:
             f"{origin} is quantized, but an adapter is merged into full weights: name the unquantized model as --base-model"
         )
     return _merge(base, source.adapter_dir)
+
+
+def _model_tensors(origin: Path) -> dict[str, LazyTensor]:
+    """A model's tensors under the names that its class gives them; heads that lie among them are left out."""
+    files = TensorFiles.open(origin)
+    names = unwrapped_names(files, origin)
+    part = next((name for name in names if _OF_AN_ADAPTER.search(name)), None)
+    if part is not None:
+        raise ValueError(
+            f"{origin} holds {names[part]}, a part of an adapter, expected a merged model: merge it with peft's "
+            "merge_and_unload where it was trained, and save it again"
+        )
+    return {bare: files[name]._replace(name=bare) for bare, name in names.items() if not is_of_heads(bare)}
 
 
 def _merge(base: _Served, adapter_dir: Path) -> _Served:

@@ -117,18 +117,29 @@ def _base_model_problems(cfg: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def _import_first(args: MedusaArgs) -> str:
+    return (
+        f"or make heads in another format ours with `axolotl-medusa import {args.medusa_init_from} --to canonical --out DIR` "
+        "and name DIR"
+    )
+
+
 def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
     directory = heads_directory(str(args.medusa_init_from))
     config_file = directory / CONFIG_FILE
     if not is_file(config_file) or not is_file(directory / HEADS_FILE):
         return [
             f"medusa_init_from {args.medusa_init_from} holds no heads: expected {CONFIG_FILE} and {HEADS_FILE} there or "
-            f"in its {HEADS_FOLDER} folder; run stage 1 first"
+            f"in its {HEADS_FOLDER} folder; run stage 1 first, {_import_first(args)}"
         ]
     try:
         config = read_json(config_file)
     except ValueError as error:
         return [f"medusa_init_from {error}"]
+    if "original_lm_head" not in config:
+        return [
+            f"medusa_init_from {args.medusa_init_from} holds no heads as training writes them: run stage 1 first, {_import_first(args)}"
+        ]
     found = {
         "medusa_num_heads": config.get("medusa_num_heads"),
         "medusa_num_layers": config.get("medusa_num_layers"),
