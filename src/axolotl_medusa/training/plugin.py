@@ -13,16 +13,24 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from torch import nn
 
-from axolotl_medusa.model.anatomy import embedding_shape, output_embedding
+from axolotl_medusa.model.anatomy import embedding_shape, output_embedding, probe_logits
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.model.heads_directory import acting_output_layer, load_into, open_heads
 from axolotl_medusa.training.datasets import dataset_problems
+from axolotl_medusa.training.lora_kernels import (
+    cuda_kernel_problems,
+    kernels_are_left_to_axolotl,
+    reason_against_kernels,
+    switch_kernels_off,
+)
 from axolotl_medusa.training.named_files import heads_directory
 from axolotl_medusa.training.objective import install_objective
+from axolotl_medusa.training.precision import half_precision_problems, precision_is_left_to_axolotl
 from axolotl_medusa.training.renamed_keys import renamed_key_hints
 from axolotl_medusa.training.stopping import stop
 from axolotl_medusa.training.trainable import heads_dtype
 from axolotl_medusa.training.trainer import MedusaTrainer, objective_of
+from axolotl_medusa.training.vocabulary import check_new_tokens, check_rows, tokenizer_and_rows
 from axolotl_medusa.training.yaml_problems import config_problems
 
 LOG = get_logger(__name__)
@@ -31,17 +39,35 @@ LOG = get_logger(__name__)
 class MedusaPlugin(BasePlugin):  # type: ignore[misc]
     """Adds Medusa heads to the model that axolotl trains."""
 
+    _kernels_are_axolotls = False
+    _rows_on_disk: int | None = None
+
     def register(self, cfg: DictDefault, **_: Any) -> None:
         """Validates the Medusa part of the YAML; all of its errors are reported together."""
+        self._fill_in_for_axolotl(cfg)
         hints = renamed_key_hints(cfg)
         for hint in hints:
             LOG.warning(f"renamed by axolotl: {hint}")
         problems = config_problems(cfg)
+        problems += cuda_kernel_problems(cfg, torch.cuda.is_available())
+        problems += half_precision_problems(cfg, torch.accelerator.is_available())
         if problems:
             lines = "".join(f"\n  - {problem}" for problem in problems)
             raise stop(
                 f"{len(problems)} problem{'s' * (len(problems) > 1)} in {cfg.get('axolotl_config_path') or 'the YAML'}:{lines}"
             )
+
+    def _fill_in_for_axolotl(self, cfg: DictDefault) -> None:
+        """Where the YAML leaves LoRA's kernels and the precision open, sets what a machine without a GPU can run."""
+        self._kernels_are_axolotls = kernels_are_left_to_axolotl(cfg)
+        if cfg.get("use_ray"):
+            return  # the driver is not the machine that trains
+        if self._kernels_are_axolotls and not torch.cuda.is_available():
+            switch_kernels_off(cfg)
+            LOG.info("axolotl's LoRA kernels stay off: they need a CUDA GPU, and there is none here")
+        if precision_is_left_to_axolotl(cfg) and not torch.accelerator.is_available():
+            cfg["bf16"] = False
+            LOG.info("training in fp32: the YAML sets no precision, and there is no GPU here")
 
     def get_input_args(self) -> str:
         """Names the pydantic model that axolotl merges into its own."""
@@ -55,18 +81,40 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
         """Allows `bf16: true` where there is no accelerator: the Trainer wants to be told."""
         return {} if torch.accelerator.is_available() else {"use_cpu": True}
 
+    def post_model_build(self, cfg: DictDefault, model: nn.Module) -> None:
+        """Notes the size of the embeddings before axolotl resizes them."""
+        layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self._rows_on_disk = None if layer is None else embedding_shape(layer)[0]
+
     def post_lora_load(self, cfg: DictDefault, model: nn.Module) -> None:
         """Attaches the heads: after the embeddings are resized and after adapters looked for their targets."""
         if cfg.inference or cfg.merge_lora:
             return
         try:
+            rows = embedding_shape(output_embedding(model))[0]
+            check_rows(cfg, before=self._rows_on_disk or rows, after=rows)
             attach(cfg, model)
+        except ValueError as error:
+            raise stop(str(error)) from None
+
+    def post_model_load(self, cfg: DictDefault, model: nn.Module) -> None:
+        """Checks the model's logits: its first forward, now that every layer is as it will train."""
+        if cfg.inference or cfg.merge_lora:
+            return
+        try:
+            probe_logits(model)
         except ValueError as error:
             raise stop(str(error)) from None
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
         """Stops where a dataset has nothing to train on; loading itself is left to axolotl."""
+        if self._kernels_are_axolotls and cfg.lora_qkv_kernel and (reason := reason_against_kernels(cfg)):
+            switch_kernels_off(cfg)
+            LOG.warning(f"axolotl's LoRA kernels are switched off, because they do not fit this model: {reason}")
+        found = tokenizer_and_rows(cfg)
         try:
+            if found:
+                check_new_tokens(cfg, *found)
             problems = dataset_problems(cfg)
         except ValueError as error:
             raise stop(str(error)) from None
@@ -112,7 +160,7 @@ def attach(cfg: DictDefault, model: nn.Module) -> None:
     if heads.form == "separate":
         with acting_output_layer(model) as weight:
             heads.start_output_layers_from(weight)
-    attach_heads(model, heads)
+    attach_heads(model, heads, probe=False)  # LoRA's kernels are bound to the layers only after this hook
     if cfg.medusa_init_from:
         load_into(model, open_heads(heads_directory(cfg.medusa_init_from)))
         LOG.info(f"Medusa heads start from {cfg.medusa_init_from}")
