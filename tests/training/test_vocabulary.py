@@ -55,7 +55,7 @@ def loads_datasets(validated, base):
     ],
 )
 def test_new_token_in_medusa_1_is_refused_with_what_to_use_instead(keys, advice, loads_datasets):
-    with pytest.raises(SystemExit, match=f"embeddings for 264 tokens.*{advice}"):
+    with pytest.raises(SystemExit, match=rf"embeddings for 264 tokens.*{advice}"):
         loads_datasets(medusa_only_heads=True, **keys)
 
 
@@ -71,7 +71,7 @@ def test_model_with_room_for_a_new_token_is_accepted(loads_datasets, base):
 
 def test_tokenizer_of_another_model_is_named_as_the_fault(loads_datasets, base):
     make_model("llama", vocab_size=200).save_pretrained(base)
-    with pytest.raises(SystemExit, match="embeddings for 200 tokens.*set tokenizer_config to the right one"):
+    with pytest.raises(SystemExit, match=r"embeddings for 200 tokens.*set tokenizer_config to the right one"):
         loads_datasets(medusa_only_heads=True)
 
 
@@ -95,7 +95,7 @@ def test_new_tokens_are_those_without_a_row():
 
 
 def test_embeddings_of_another_size_in_medusa_1_are_refused_whatever_resized_them():
-    with pytest.raises(ValueError, match="have 100 rows, and axolotl made 128.*resize_token_embeddings_to_32x"):
+    with pytest.raises(ValueError, match=r"have 100 rows, and axolotl made 128.*resize_token_embeddings_to_32x"):
         check_rows(DictDefault(medusa_only_heads=True, base_model="m"), before=100, after=128)
     check_rows(DictDefault(medusa_only_heads=True), before=100, after=100)
     check_rows(DictDefault(medusa_only_heads=False), before=100, after=128)

@@ -120,7 +120,7 @@ def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
     if not is_file(config_file) or not is_file(directory / HEADS_FILE):
         return [
             f"medusa_init_from {args.medusa_init_from} holds no heads: expected {CONFIG_FILE} and {HEADS_FILE} there or "
-            f"in its {HEADS_FOLDER} folder; run stage 1 first"
+            f"in its {HEADS_FOLDER} folder; run stage 1 first, or `axolotl-medusa import` for heads of another trainer"
         ]
     try:
         config = read_json(config_file)
@@ -144,7 +144,8 @@ def _directory_problems(cfg: Mapping[str, Any], key: str, file: str) -> list[str
         return []  # on the hub, or axolotl's to look for
     path = named_path(name) / file
     if not is_file(path):
-        return [f"{key} {name} has no {file}: expected a directory that training wrote"]
+        more = " as an adapter; a full model is named as base_model" if file == _ADAPTER_FILE else ""
+        return [f"{key} {name} has no {file}: expected a directory that training wrote{more}"]
     try:
         read_json(path)
     except ValueError as error:

@@ -5,18 +5,22 @@ Contract: every error that a user can cause ends here in one line and a non-zero
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
+from pydantic import ValidationError
 from torch import nn
 
+from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.anatomy import embedding_shape, output_embedding, probe_logits
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.model.heads_directory import acting_output_layer, load_into, open_heads
 from axolotl_medusa.training.datasets import dataset_problems
+from axolotl_medusa.training.earlier_stage import adapter_with_heads_problems, take_heads_of_earlier_stage
 from axolotl_medusa.training.lora_kernels import (
     cuda_kernel_problems,
     kernels_are_left_to_axolotl,
@@ -40,7 +44,7 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
     """Adds Medusa heads to the model that axolotl trains."""
 
     _kernels_are_axolotls = False
-    _rows_on_disk: int | None = None
+    _rows_on_disk = 0
 
     def register(self, cfg: DictDefault, **_: Any) -> None:
         """Validates the Medusa part of the YAML; all of its errors are reported together."""
@@ -48,14 +52,24 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
         hints = renamed_key_hints(cfg)
         for hint in hints:
             LOG.warning(f"renamed by axolotl: {hint}")
+        try:
+            for line in take_heads_of_earlier_stage(cfg):
+                LOG.warning(f"set by the plugin: {line}")
+        except ValueError as error:
+            raise stop(str(error)) from None
         problems = config_problems(cfg)
+        problems += adapter_with_heads_problems(cfg)
         problems += cuda_kernel_problems(cfg, torch.cuda.is_available())
         problems += half_precision_problems(cfg, torch.accelerator.is_available())
         if problems:
-            lines = "".join(f"\n  - {problem}" for problem in problems)
-            raise stop(
-                f"{len(problems)} problem{'s' * (len(problems) > 1)} in {cfg.get('axolotl_config_path') or 'the YAML'}:{lines}"
-            )
+            raise stop(f"{_problems(problems, cfg)}{_also(hints)}")
+
+    def on_config_validation_error(self, cfg: DictDefault) -> None:
+        """Where axolotl refuses an old YAML, ends with what to change: a traceback of axolotl's would bury the hints."""
+        error = sys.exception()
+        hints = renamed_key_hints(cfg)
+        if hints and isinstance(error, (ValueError, DeprecationWarning)):
+            raise stop(f"axolotl refuses {_yaml_file(cfg)}: {_reason(error)}{_also(hints)}") from None
 
     def _fill_in_for_axolotl(self, cfg: DictDefault) -> None:
         """Where the YAML leaves LoRA's kernels and the precision open, sets what a machine without a GPU can run."""
@@ -83,8 +97,12 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
 
     def post_model_build(self, cfg: DictDefault, model: nn.Module) -> None:
         """Notes the size of the embeddings before axolotl resizes them."""
-        layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        self._rows_on_disk = None if layer is None else embedding_shape(layer)[0]
+        if cfg.inference or cfg.merge_lora:
+            return
+        try:
+            self._rows_on_disk = embedding_shape(output_embedding(model))[0]
+        except ValueError as error:
+            raise stop(str(error)) from None
 
     def post_lora_load(self, cfg: DictDefault, model: nn.Module) -> None:
         """Attaches the heads: after the embeddings are resized and after adapters looked for their targets."""
@@ -92,7 +110,7 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
             return
         try:
             rows = embedding_shape(output_embedding(model))[0]
-            check_rows(cfg, before=self._rows_on_disk or rows, after=rows)
+            check_rows(cfg, before=self._rows_on_disk, after=rows)
             attach(cfg, model)
         except ValueError as error:
             raise stop(str(error)) from None
@@ -141,6 +159,28 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
             trainer.open_hidden_cache()
         except ValueError as error:
             raise stop(str(error)) from None
+
+
+def _yaml_file(cfg: DictDefault) -> str:
+    return str(cfg.get("axolotl_config_path") or "the YAML")
+
+
+def _problems(problems: list[str], cfg: DictDefault) -> str:
+    lines = "".join(f"\n  - {problem}" for problem in problems)
+    return f"{len(problems)} problem{'s' * (len(problems) > 1)} in {_yaml_file(cfg)}:{lines}"
+
+
+def _also(hints: list[str]) -> str:
+    """Hints as the last thing that is printed."""
+    lines = "".join(f"\n  - {hint}" for hint in hints)
+    return f"\nkeys of this old YAML that axolotl has changed since:{lines}" if hints else ""
+
+
+def _reason(error: BaseException) -> str:
+    """What axolotl's validator says, on one line."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {first_line(each['msg'])}" for each in error.errors())
+    return first_line(error)
 
 
 def attach(cfg: DictDefault, model: nn.Module) -> None:
