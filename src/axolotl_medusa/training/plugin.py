@@ -6,6 +6,7 @@ Contract: every error that a user can cause ends here in one line and a non-zero
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,12 +46,13 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
 
     _kernels_are_axolotls = False
     _rows_on_disk = 0
+    _hints: Sequence[str] = ()
 
     def register(self, cfg: DictDefault, **_: Any) -> None:
         """Validates the Medusa part of the YAML; all of its errors are reported together."""
         self._fill_in_for_axolotl(cfg)
-        hints = renamed_key_hints(cfg)
-        for hint in hints:
+        self._hints = renamed_key_hints(cfg)
+        for hint in self._hints:
             LOG.warning(f"renamed by axolotl: {hint}")
         try:
             for line in take_heads_of_earlier_stage(cfg):
@@ -62,14 +64,13 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
         problems += cuda_kernel_problems(cfg, torch.cuda.is_available())
         problems += half_precision_problems(cfg, torch.accelerator.is_available())
         if problems:
-            raise stop(f"{_problems(problems, cfg)}{_also(hints)}")
+            raise stop(f"{_problems(problems, cfg)}{_also(self._hints)}")
 
     def on_config_validation_error(self, cfg: DictDefault) -> None:
         """Where axolotl refuses an old YAML, ends with what to change: a traceback of axolotl's would bury the hints."""
         error = sys.exception()
-        hints = renamed_key_hints(cfg)
-        if hints and isinstance(error, (ValueError, DeprecationWarning)):
-            raise stop(f"axolotl refuses {_yaml_file(cfg)}: {_reason(error)}{_also(hints)}") from None
+        if self._hints and isinstance(error, (ValueError, DeprecationWarning)):
+            raise stop(f"axolotl refuses {_yaml_file(cfg)}: {_reason(error)}{_also(self._hints)}") from None
 
     def _fill_in_for_axolotl(self, cfg: DictDefault) -> None:
         """Where the YAML leaves LoRA's kernels and the precision open, sets what a machine without a GPU can run."""
@@ -170,7 +171,7 @@ def _problems(problems: list[str], cfg: DictDefault) -> str:
     return f"{len(problems)} problem{'s' * (len(problems) > 1)} in {_yaml_file(cfg)}:{lines}"
 
 
-def _also(hints: list[str]) -> str:
+def _also(hints: Sequence[str]) -> str:
     """Hints as the last thing that is printed."""
     lines = "".join(f"\n  - {hint}" for hint in hints)
     return f"\nkeys of this old YAML that axolotl has changed since:{lines}" if hints else ""
