@@ -33,6 +33,7 @@ from axolotl_medusa.training.objective import install_objective
 from axolotl_medusa.training.precision import half_precision_problems, precision_is_left_to_axolotl
 from axolotl_medusa.training.renamed_keys import renamed_key_hints
 from axolotl_medusa.training.stopping import stop
+from axolotl_medusa.training.tied_embeddings import merge_advice, merge_would_part, parts_tied_embeddings
 from axolotl_medusa.training.trainable import heads_dtype
 from axolotl_medusa.training.trainer import MedusaTrainer, objective_of
 from axolotl_medusa.training.vocabulary import check_new_tokens, check_rows, tokenizer_and_rows
@@ -50,6 +51,8 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
 
     def register(self, cfg: DictDefault, **_: Any) -> None:
         """Validates the Medusa part of the YAML; all of its errors are reported together."""
+        if cfg.get("merge_lora") and merge_would_part(cfg):
+            LOG.warning(merge_advice(cfg.get("lora_model_dir") or cfg.get("output_dir")))
         self._fill_in_for_axolotl(cfg)
         self._hints = renamed_key_hints(cfg)
         for hint in self._hints:
@@ -113,6 +116,8 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
             rows = embedding_shape(output_embedding(model))[0]
             check_rows(cfg, before=self._rows_on_disk, after=rows)
             attach(cfg, model)
+            if cfg.adapter and not cfg.medusa_only_heads and parts_tied_embeddings(model):
+                LOG.warning(merge_advice(cfg.output_dir))
         except ValueError as error:
             raise stop(str(error)) from None
 
