@@ -32,6 +32,7 @@ from axolotl_medusa.training.named_files import heads_directory
 from axolotl_medusa.training.objective import install_objective
 from axolotl_medusa.training.precision import half_precision_problems, precision_is_left_to_axolotl
 from axolotl_medusa.training.renamed_keys import renamed_key_hints
+from axolotl_medusa.training.rendering import check_rendering
 from axolotl_medusa.training.stopping import stop
 from axolotl_medusa.training.tied_embeddings import merge_advice, merge_would_part, parts_tied_embeddings
 from axolotl_medusa.training.trainable import heads_dtype
@@ -140,6 +141,8 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
             if found:
                 check_new_tokens(cfg, *found)
             problems = dataset_problems(cfg)
+            if found and not problems:
+                check_rendering(cfg, found[0])
         except ValueError as error:
             raise stop(str(error)) from None
         if problems:
