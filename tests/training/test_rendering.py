@@ -124,7 +124,7 @@ def test_skip_bad_rows_trains_on_the_others_and_counts(config, caplog):
 
 def test_skip_bad_rows_with_nothing_left_stops(config):
     row = {"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]}
-    with pytest.raises(SystemExit, match="2 of 2 rows cannot be rendered.*repair or remove them$"):
+    with pytest.raises(SystemExit, match=r"2 of 2 rows cannot be rendered.*repair or remove them$"):
         MedusaPlugin().load_datasets(config([row, row], medusa_skip_bad_rows=True))
 
 
