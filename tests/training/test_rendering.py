@@ -155,3 +155,9 @@ def test_other_data_is_left_to_axolotl(keys, config):
     cfg, tokenizer = with_tokenizer(config([BAD["messages is empty"]]))
     cfg.datasets[0] |= keys
     assert list(render_files(cfg, tokenizer)) == []
+
+
+def test_template_that_is_no_jinja_is_one_line(config):
+    cfg = config([GOOD], chat_template="jinja", chat_template_jinja="{% for m in messages %}{{ m.content }}")
+    with pytest.raises(SystemExit, match=r"chat template for .*rows.jsonl is not Jinja that axolotl reads \("):
+        MedusaPlugin().load_datasets(cfg)

@@ -106,13 +106,21 @@ def render_files(cfg: DictDefault, tokenizer: Any) -> Iterator[tuple[DictDefault
 
     Yields:
         The entry under `datasets` or `test_datasets`, and what came of its rows.
+
+    Raises:
+        ValueError: A file is damaged, or the chat template is.
     """
     for entry in itertools.chain(cfg.datasets or [], cfg.test_datasets or []):
         file = local_json_file(entry)
         is_part = "[" in str(entry.get("split") or "")
         if entry.get("type") != "chat_template" or file is None or is_part or cfg.processor_type or cfg.is_multimodal:
             continue
-        strategy = load_strategy("chat_template", tokenizer, cfg, entry)
+        try:
+            strategy = load_strategy("chat_template", tokenizer, cfg, entry)
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template for {file} is not Jinja that axolotl reads ({first_line(error)}): mend or replace it"
+            ) from error
         yield entry, render_rows(file, rows_of(file), strategy, int(cfg.dataset_num_proc or 1))
 
 
