@@ -58,4 +58,4 @@ venv-vllm: .venv-vllm/ready
 	@touch $@
 
 clean:
-	rm -rf .demo outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .demo .pytest_cache .mypy_cache .ruff_cache

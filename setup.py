@@ -1,16 +1,26 @@
 """Packaging of axolotl-medusa: `pip install -e .` beside an installed axolotl."""
 
+import ast
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 AXOLOTL = "axolotl>=0.19"
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """The package's `__version__`, read without importing it."""
+    package = ast.parse((ROOT / "src" / "axolotl_medusa" / "__init__.py").read_text(encoding="utf-8"))
+    assigned = (node for node in package.body if isinstance(node, ast.Assign))
+    return next(ast.literal_eval(node.value) for node in assigned if ast.unparse(node.targets[0]) == "__version__")
+
 
 setup(
     name="axolotl-medusa",
-    version="0.1.0",
+    version=version(),
     description="An Axolotl plugin that trains Medusa decoding heads for any Hugging Face causal LM",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="axolotl-medusa contributors",
     license_expression="Apache-2.0",
@@ -42,7 +52,7 @@ setup(
         "data": ["aiohttp", "jinja2", "tqdm", "ijson", "zstandard", "pyarrow", "datasets"],
         # `axolotl-medusa evaluate --plots` and models in 8-bit or 4-bit.
         "plots": ["matplotlib"],
-        "quantized": ["bitsandbytes"],
+        "quantized": ["accelerate", "bitsandbytes"],
         "dev": [
             "build",
             "hypothesis",

@@ -35,7 +35,7 @@ class ServerStartError(Exception):
 
 
 def half_precision() -> bool:
-    """Whether this CPU computes in bf16 (AVX512-BF16 or AMX): elsewhere bf16 is slower than fp32."""
+    """Whether vLLM is started in bf16: where the CPU computes in it (AVX512-BF16 or AMX)."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags

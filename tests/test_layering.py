@@ -45,6 +45,7 @@ INSTALLED = {"pydantic", "safetensors", "torch", "transformers"}
 """What `install_requires` brings; anything else must be imported where it is used."""
 
 STAYS_LIGHT = {
+    "decoding.library_errors",
     "decoding.tree",
     "decoding.tree_chooser",
     "errors",
@@ -57,6 +58,7 @@ STAYS_LIGHT = {
     "model.json_files",
     "model.secrets",
     "cpu_instructions",
+    "serving.export_files",
     "serving.format_rules",
     "serving.model_card",
     "serving.push",

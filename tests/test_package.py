@@ -105,6 +105,16 @@ def test_metadata_names_licence_and_authors_and_no_address(wheel):
     assert found.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_version_stands_in_one_place(wheel):
+    assert axolotl_medusa.__version__ not in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert metadata(wheel)["Version"] == axolotl_medusa.__version__
+
+
+def test_quantized_models_come_with_all_that_they_need(wheel):
+    needed = [line for line in metadata(wheel).get_all("Requires-Dist") if 'extra == "quantized"' in line]
+    assert sorted(line.partition(";")[0].strip() for line in needed) == ["accelerate", "bitsandbytes"]
+
+
 def test_environment_holds_this_package_alone(empty_environment, tmp_path):
     code = "import importlib.metadata as m; print(*(each.name for each in m.distributions()))"
     assert run(empty_environment / "python", "-c", code, cwd=tmp_path).split() == ["axolotl-medusa"]

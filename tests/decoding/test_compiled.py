@@ -23,7 +23,7 @@ from axolotl_medusa.measuring.step_times import measure_steps
 from axolotl_medusa.model.anatomy import backbone
 
 NEW = 24
-TOLERANCE = 1e-3  # as in test_tree_attention
+TOLERANCE = 1e-3  # as in test_target_cache
 
 
 @pytest.fixture(autouse=True)

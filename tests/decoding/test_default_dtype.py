@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 from axolotl_medusa.decoding import default_dtype
 from axolotl_medusa.decoding.default_dtype import dtype_here
 
-SAID = "is stored in bf16, which this CPU has no instructions for: loaded in fp32"
+SAID = "is stored in bf16, which this CPU has no fast matmuls for: loaded in fp32"
 
 
 @pytest.fixture(params=[True, False], ids=["fast", "slow"])

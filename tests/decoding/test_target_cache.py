@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -13,12 +14,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from axolotl_medusa.decoding.acceptance import accept_greedy, accept_rejection, tree_tensors
 from axolotl_medusa.decoding.loop import Decoding
 from axolotl_medusa.decoding.medusa_model import MedusaModel
+from axolotl_medusa.decoding.plain import PlainDecoding
 from axolotl_medusa.decoding.target_cache import TargetCache, check_target, mixes_layer_types, sliding_window
 from axolotl_medusa.decoding.tree import Tree, chain, default_tree
+from axolotl_medusa.decoding.tree_chooser import PLAIN
 from axolotl_medusa.model.anatomy import backbone
 
 TOLERANCE = 1e-3  # keys and values are of size 1 to 10 and come from sums in another order
 BUSHY = Tree.from_choices([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (1, 0, 1)])
+
+
+SLIDING = [
+    ("mistral", {"sliding_window": 6}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    ("gemma2-softcap", {"sliding_window": 6}),
+]
+"""Families with windows, and sizes that make them act."""
 
 
 def text_cache(model, text: list[int]) -> DynamicCache:
@@ -36,7 +47,10 @@ def assert_cache_is_that_of_the_text(model, decoding: Decoding, ids, mask) -> No
         assert end - start == len(text)
         for found, expected in zip(target.cache.layers, text_cache(model, text).layers, strict=True):
             for name in ("keys", "values"):
-                ours, scratch = getattr(found, name)[index, :, start:end], getattr(expected, name)[0]
+                first = target.width - getattr(found, name).shape[2]  # sliding layers drop what no later token sees
+                begin = max(start, first)
+                ours = getattr(found, name)[index, :, begin - first : end - first]
+                scratch = getattr(expected, name)[0, :, begin - start :]
                 assert (ours - scratch).abs().max() <= TOLERANCE * scratch.abs().max()
     assert target.width == target.end.max().item()
 
@@ -58,6 +72,42 @@ def test_cache_after_every_step_is_that_of_the_text(family):
     medusa = MedusaModel(model, fitted_heads(model, ids, mask))
     decoding = decode(model, medusa, ids, mask, BUSHY, accept_greedy)
     assert len(decoding.stats.acceptance_lengths) > 1, "rows must accept different numbers of tokens in this test"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [6, 100], ids=["past-the-window", "within-it"])
+@pytest.mark.parametrize(("family", "changes"), SLIDING)
+def test_plain_steps_between_trees_take_no_mask_and_no_column_that_the_window_hides(
+    family, changes, window, attention, monkeypatch
+):
+    """As `--tree auto` decodes: its plain steps must cost what plain decoding does."""
+    model = varied_model(family, **{**changes, "sliding_window": window})
+    model.set_attn_implementation(attention)
+    ids, mask = prompts()
+    prompt = ids[:1, mask[0].bool()]
+    medusa = MedusaModel(model, fitted_heads(model, prompt, torch.ones_like(prompt)))
+    masks = []
+    make = TargetCache._mask
+    monkeypatch.setattr(TargetCache, "_mask", lambda cache, seen: masks.append(seen.shape) or make(cache, seen))
+    answer = PlainDecoding(model, prompt, 24)
+    while not answer.done:
+        answer.step()
+    expected = answer.tokens
+    decoding = Decoding(
+        medusa, prompt, torch.ones_like(prompt), tree=PLAIN, rule=accept_greedy, max_new_tokens=len(expected)
+    )
+    with torch.no_grad():
+        for tree in itertools.cycle([PLAIN, PLAIN, BUSHY]):
+            masks.clear()
+            decoding.use(tree)
+            decoding.step()
+            if not decoding.rows:
+                break
+            assert_cache_is_that_of_the_text(model, decoding, prompt, torch.ones_like(prompt))
+            columns = min(layer.keys.shape[2] for layer in decoding.target.cache.layers)
+            assert columns == min(window - 1, decoding.target.width)
+            assert bool(masks) is (tree is BUSHY)
+    assert decoding.tokens[0] == expected
 
 
 @pytest.mark.parametrize("tree", [chain(0), chain(3), default_tree()], ids=["none", "chain", "64 nodes"])
@@ -82,14 +132,7 @@ def test_cache_is_that_of_the_text_when_sampling_and_when_rows_leave():
     assert len(decoding.stats.acceptance_lengths) > 1
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("mistral", {"sliding_window": 6}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
-        ("gemma2-softcap", {"sliding_window": 6}),
-    ],
-)
+@pytest.mark.parametrize(("family", "changes"), SLIDING)
 def test_cache_is_that_of_the_text_with_sliding_windows(family, changes):
     model = varied_model(family, **changes)
     ids, mask = prompts()

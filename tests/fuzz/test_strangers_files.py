@@ -25,10 +25,11 @@ import pytest
 from data_readers import DATA_READERS
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
+from loader_readers import LOADER_READERS
 from package_readers import PACKAGE_READERS
 from reader import Reader, outcome
 
-READERS = [*PACKAGE_READERS, *DATA_READERS]
+READERS = [*PACKAGE_READERS, *DATA_READERS, *LOADER_READERS]
 SEEDS = Path(__file__).with_name("seeds")
 LEAST_INPUTS = 10_000
 """In CI, all readers together."""

@@ -54,6 +54,14 @@ def bars(axes):
     return {call.kwargs["label"]: list(call.args[1]) for call in axes.bar.call_args_list}
 
 
+def test_plots_are_drawn_in_a_home_directory(axes, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert {file.parent for file in write_plots(REPORT, "~/plots")} == {tmp_path / "plots"}
+    (tmp_path / "plots" / PLOTS[0]).write_text("mine")
+    with pytest.raises(ValueError):
+        check_plots("~/plots", PLOTS)
+
+
 def test_three_plots_are_drawn_from_the_report(axes, tmp_path):
     files = write_plots(REPORT, tmp_path / "new" / "plots")
     assert [file.name for file in files] == list(PLOTS)

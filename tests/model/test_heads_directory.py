@@ -195,6 +195,7 @@ def damaged(form="separate", *, tensors=(), without=(), config=(), missing_keys=
         ({"config": {"medusa_num_layers": 2}}, r"0\.1\.linear\.bias is missing"),
         ({"config": {"vocab_size": 132}}, r"0\.1\.weight is \(131, 32\), expected \(132, 32\)"),
         ({"config": {"original_lm_head": True}}, r"0\.1\.weight is \(131, 32\), expected no such tensor"),
+        ({"config": {"hidden_size": 2**31 - 1}}, r"hidden_size is 2147483647"),
         ({"missing_keys": ["vocab_size"]}, r"config\.json lacks vocab_size: expected"),
         ({"missing_keys": ["hidden_size", "original_lm_head"]}, r"lacks hidden_size, original_lm_head: expected"),
         (

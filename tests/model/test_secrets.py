@@ -12,6 +12,7 @@ TEXTS = {
     "https://me:pass@host/mlflow": "https://***@host/mlflow",
     "https://hf_user@host": "https://***@host",
     "http://u:p@ss:w@h:8000/v1 and ftp://a:b@c": "http://***@h:8000/v1 and ftp://***@c",
+    "postgres://u:p/w?x#y@db/x and http://h:80/@z": "postgres://***@db/x and http://h:80/@z",
     "postgresql+psycopg2://u:p%40@db/x": "postgresql+psycopg2://***@db/x",
     "https://h/x?token=abc&rows=3": "https://h/x?token=***&rows=3",
     "https://h/x?a=1&access_token=abc#top": "https://h/x?a=1&access_token=***#top",
@@ -63,7 +64,8 @@ def test_text_without_a_secret_stays(text):
     "key",
     ["hub_token", "hf_token", "token", "comet_api_key", "WANDB_API_KEY", "apiKey", "api-key", "aws_secret_access_key",
      "aws_access_key_id", "aws_session_token", "mlflow_tracking_password", "client_secret", "hf_use_auth_token",
-     "clientSecret", "credentials", "huggingface_token", "HUGGING_FACE_HUB_TOKEN", "swanlab_lark_webhook_url"],
+     "clientSecret", "credentials", "huggingface_token", "HUGGING_FACE_HUB_TOKEN", "swanlab_lark_webhook_url",
+     "api_keys", "secrets", "slack_token", "basic_auth", "private_key_pem"],
 )  # fmt: skip
 def test_value_of_a_secret_key_is_hidden(key):
     content = {"outer": [{key: "abc"}, {key: {"inner": ["x", 5, True, None, ""]}}]}

@@ -117,6 +117,29 @@ def test_medusa1_on_top_of_an_adapter_is_served_with_that_adapter(runs, base, tm
     assert source.model_kind == "adapter" and source.adapter_dir == runs["adapter"]
 
 
+def test_heads_alone_of_a_run_on_an_adapter_are_used_with_it(runs, tmp_path):
+    yaml = {"lora_model_dir": str(runs["adapter"]), "adapter": "lora"}
+    run = write_run(tmp_path / "on-adapter", make_model(), "medusa-1", tmp_path / "base", yaml=yaml)
+    assert find_source(run / "medusa_heads").adapter_dir == runs["adapter"]
+    assert find_source(run / "medusa_heads", "org/merged").adapter_dir is None
+
+
+@pytest.mark.parametrize("base_model", [None, "org/base"])
+def test_adapter_beside_exported_heads_belongs_to_them(base_model, runs, tmp_path):
+    exported = shutil.copytree(runs["adapter"] / "medusa_heads", tmp_path / "exported")
+    change(exported / META_FILE, export={"target": "lorax", "adapter": True})
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(runs["adapter"] / name, exported / name)
+    source = find_source(exported, base_model)
+    assert source.model_kind == "adapter" and source.adapter_dir == exported
+    (exported / "adapter_config.json").unlink()
+    if base_model is None:
+        with pytest.raises(ValueError, match=r"exported has no adapter_config\.json, but was exported with an adapter"):
+            find_source(exported)
+    else:
+        assert find_source(exported, base_model).model_kind == "base"
+
+
 def test_runs_without_meta_are_told_apart_by_their_files(runs):
     for kind in KINDS:
         (runs[kind] / "medusa_heads" / META_FILE).unlink()

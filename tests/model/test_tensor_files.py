@@ -20,6 +20,7 @@ from axolotl_medusa.model.tensor_files import (
     SAFETENSORS_INDEX,
     LazyTensor,
     TensorFiles,
+    whole_or_nothing,
     write_json,
     write_sharded,
     write_tensors,
@@ -50,6 +51,15 @@ def lazy(tensors) -> list[LazyTensor]:
 
 def same(first, second) -> bool:
     return first.dtype == second.dtype and first.shape == second.shape and first.tolist() == second.tolist()
+
+
+def test_two_processes_that_write_one_file_at_a_time_leave_it_whole(tmp_path):
+    """One rank of each machine saves at the end; their disk may be the same."""
+    file = tmp_path / "a.json"
+    with whole_or_nothing(file) as one, whole_or_nothing(file) as other:
+        one.write_text("whole")
+        other.write_text("whole")
+    assert file.read_text() == "whole" and [each.name for each in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_written_file_has_the_bytes_that_safetensors_writes(tmp_path):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from training_outputs import as_torch_files, write_run
 from transformers import AutoModelForCausalLM
 
+from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.model.sources import find_source
 from axolotl_medusa.model.tensor_files import TensorFiles
 from axolotl_medusa.serving import export as export_module
@@ -169,6 +170,20 @@ def test_lorax_gets_adapter_and_heads_in_one_directory(tmp_path):
     PeftModel.from_pretrained(make_model(), tmp_path / "out")  # adapter_config.json belongs to it
 
 
+def test_export_for_lorax_is_decoded_and_exported_again_with_its_adapter(tmp_path):
+    source, out = trained(tmp_path, "medusa-2", adapter=LORA), tmp_path / "out"
+    export(source, "lorax", out)
+    tokens = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        own, found = (MedusaModel.from_pretrained(heads).base_model(tokens).logits for heads in (tmp_path / "run", out))
+    assert torch.equal(found, own)
+    refused(find_source(out), "tgi", tmp_path / "again", "found heads trained with the adapter in .*/out")
+    for name, heads in (("expected", source), ("again", find_source(out))):
+        export(heads, "lorax", tmp_path / name, model="merged")
+    expected, again = (TensorFiles.open(tmp_path / name / "merged_model") for name in ("expected", "again"))
+    assert all(torch.equal(expected.load(name), again.load(name)) for name in expected)
+
+
 def test_tied_embedding_is_the_shared_output_layer(tmp_path):
     export(trained(tmp_path, family="llama-tied"), "vllm", tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")["lm_heads.0.weight"]
@@ -312,6 +327,45 @@ def test_interrupted_export_can_be_repeated(tmp_path, monkeypatch):
             export(source, "tgi", out)
     export(source, "tgi", out)
     assert (out / "medusa_lm_head.safetensors").is_file()
+
+
+def test_what_an_interrupted_export_left_is_taken_away(tmp_path):
+    source, out = trained(tmp_path, "medusa-2"), tmp_path / "out"
+    export(source, "tgi", out, model="merged")
+    left = [
+        "model.safetensors.0f3a.part",
+        "config.json.part",
+        "medusa_meta.json.9e.part",
+        "merged_model/config.json.1d.part",
+    ]
+    mine = ["film.part", "model.safetensors.zz.part", "merged_model/data.0f.part"]
+    for name in (*left, *mine):
+        (out / name).write_text("half")
+    export(source, "tgi", out, model="merged")
+    assert {str(path.relative_to(out)) for path in out.rglob("*.part")} == set(mine)
+
+
+@pytest.mark.parametrize("target", ["vllm", "rtp-llm"])
+def test_tokenizer_and_code_of_the_model_before_are_taken_away_and_the_users_are_left(target, tmp_path):
+    source, out = trained(tmp_path, "medusa-2"), tmp_path / "out"
+    run = tmp_path / "run"
+    edit_json(run / "config.json", auto_map={"AutoConfig": "own.modeling.Own"})
+    (run / "own").mkdir()
+    (run / "own" / "modeling.py").write_text("")
+    (run / "generation_config.json").write_text("{}")
+    (source.heads_dir / "vocab.txt").write_text("a")
+    export(source, target, out, model="merged")
+    stale = {"vocab.txt", "generation_config.json", "modeling.py"}
+    assert stale <= {path.name for path in out.rglob("*")}
+    mine = ["merges.txt", "own.py", "optimizer.pt", "mine.safetensors", "tokenizer_notes.md"]
+    for name in mine:
+        (out / name).write_text("mine")
+    edit_json(run / "config.json", auto_map=None)
+    (run / "generation_config.json").unlink()
+    (source.heads_dir / "vocab.txt").unlink()
+    export(find_source(run), target, out, verify=False)
+    assert not stale & {path.name for path in out.rglob("*")}
+    assert all((out / name).read_text() == "mine" for name in mine) and (out / "tokenizer.json").is_file()
 
 
 MEASURE = """

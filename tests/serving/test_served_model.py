@@ -21,11 +21,10 @@ from axolotl_medusa.model.tensor_files import write_json, write_sharded
 from axolotl_medusa.serving import lora
 from axolotl_medusa.serving.lora import add_low_rank_
 from axolotl_medusa.serving.served_model import (
-    copy_generation_config,
-    copy_tokenizer,
     lm_head,
     lm_head_bias,
     merged_tensors,
+    model_files,
     served_config,
 )
 
@@ -242,10 +241,7 @@ def test_served_config_and_files_have_nothing_of_medusa(tmp_path):
         (base / name).write_text("")
     for file in [*(tmp_path / "out").rglob("tokenizer*"), *(tmp_path / "out").rglob("chat_template*")]:
         file.unlink()  # so that the base model's are taken
-    (tmp_path / "copy").mkdir()
-    copy_generation_config(source, tmp_path / "copy")
-    copy_tokenizer(source, tmp_path / "copy")
-    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    names = {*map(str, model_files(source)), *(path.name for path in source.tokenizer_files())}
     assert names == {
         "generation_config.json",
         "modeling_own.py",

@@ -9,6 +9,8 @@ import torch
 from conftest import randomize
 from decoding_models import varied_model
 from example_tokenizers import SPECIAL, make_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from axolotl_medusa.decoding.loop import GenerationStats
 from axolotl_medusa.decoding.medusa_model import MedusaModel
@@ -23,10 +25,11 @@ def tokens(text):
     return make_tokenizer("zephyr")(text)["input_ids"]
 
 
-def printed(steps, colour=False):
+def printed(steps, colour=False, tokenizer=None):
     out = io.StringIO()
-    printer = TextPrinter(make_tokenizer("zephyr"), out, colour)
-    printer.put(torch.tensor([tokens("the prompt")]))
+    tokenizer = tokenizer or make_tokenizer("zephyr")
+    printer = TextPrinter(tokenizer, out, colour)
+    printer.put(torch.tensor([tokenizer("the prompt")["input_ids"]]))
     shown = []
     for step in steps:
         printer.put(torch.tensor(step))
@@ -49,6 +52,35 @@ def test_characters_wait_for_all_their_bytes():
     assert len(bytes_) == 2
     assert printed([bytes_[:1], bytes_[1:], tokens("x")])[0] == ["", "é", "éx"]
     assert printed([tokens("x"), bytes_[:1]]) == (["x", "x"], "x\ufffd\n")
+
+
+def sentencepiece_tokenizer():
+    """One token a character or byte, decoded as Llama's tokenizers are: the first blank of a text is left out."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁▁", *"abcdefghijklmnopqrstuvwxyz():"]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "▁")], byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("text", ["def f():\n    a\n   b\n\n  c\n\n\n d", "a\n é\n  ü\n", "\n  a\n b"])
+@pytest.mark.parametrize("per_step", [1, 3])
+def test_lines_keep_their_indentation_with_sentencepiece(per_step, text):
+    tokenizer = sentencepiece_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    steps = [ids[start : start + per_step] for start in range(0, len(ids), per_step)]
+    assert printed(steps, tokenizer=tokenizer)[1] == text + "\n"
+
+
+def test_long_answer_is_decoded_a_line_at_a_time():
+    tokenizer, longest = make_tokenizer("zephyr"), []
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids, **options: longest.append(len(ids)) or decode(ids, **options)
+    assert printed([tokens("abc\n")] * 50, tokenizer=tokenizer)[1] == "abc\n" * 50 + "\n"
+    assert max(longest) == 8
 
 
 def test_special_tokens_are_not_shown():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import types
 
 import pytest
 import torch
 from conftest import add_lora, make_model
 from decoding_models import varied_model
 from example_tokenizers import make_tokenizer
+from peft import PeftModel
 from training_outputs import as_if_trained, save_base, write_run
 
 from axolotl_medusa.cli import main
@@ -18,6 +20,8 @@ from axolotl_medusa.decoding.load_decoder import load_original
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.tree import Tree, read_tree, write_tree
 from axolotl_medusa.decoding.tree_chooser import TreeChooser
+from axolotl_medusa.model.sources import find_source
+from axolotl_medusa.serving.export import export
 
 VOCABULARY = {"vocab_size": 300, "eos_token_id": None}
 
@@ -78,6 +82,111 @@ def test_evaluate_compares_the_model_with_the_original(original, runs, capsys, t
     )
     assert quality["kl"] > 0.001 and quality["perplexity"] != quality["original_perplexity"]
     assert f"model on {quality['tokens']} held-out tokens: perplexity" in out
+
+
+@pytest.fixture
+def held_out_command(runs, tmp_path):
+    return [
+        "evaluate", runs / "medusa-2", "--prompts", runs / "prompts.jsonl", "--max-new-tokens", 2, "--limit", 1,
+        "--json", tmp_path / "report.json", "--held-out",
+    ]  # fmt: skip
+
+
+def test_evaluate_keeps_what_it_measured_where_the_comparison_fails(
+    held_out_command, runs, capsys, monkeypatch, tmp_path
+):
+    def fail(*_):
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("axolotl_medusa.terminal.commands.compare_models", fail)
+    printed = run(capsys, *held_out_command, runs / "held_out.jsonl", status=1)
+    assert "\nall prompts (1)\n" in printed.out and printed.err.endswith("error: far enough\n")
+    assert json.loads((tmp_path / "report.json").read_text())["overall"]["prompts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ('{"prompt": ""}', [], "held-out text has 0 tokens to predict"),
+        (
+            '{"prompt": "abc"}',
+            ["--original", "org/none"],
+            "the original model org/none is neither a directory here nor",
+        ),
+        ('{"prompt": "abc"}', ["--original", "{runs}"], "config.json is missing"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_measured(
+    rows, options, message, held_out_command, runs, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("axolotl_medusa.terminal.commands.evaluate", lambda *_: pytest.fail("it was measured"))
+    tokenizer = make_tokenizer("none")
+    (tmp_path / "held_out.jsonl").write_text(rows)
+    if not options:
+        monkeypatch.setattr("axolotl_medusa.decoding.load_decoder.load_tokenizer", lambda *_, **__: tokenizer)
+    options = [option.format(runs=runs) for option in options]
+    assert message in run(capsys, *held_out_command, tmp_path / "held_out.jsonl", *options, status=1).err
+
+
+@pytest.fixture(scope="module")
+def on_adapter(runs):
+    """Runs that began with the adapter of `medusa-2`: one of Medusa-1, one that trained it further, one that merged it."""
+    adapter = runs / "medusa-2"
+    yaml = {"lora_model_dir": str(adapter), "adapter": "lora"}
+    further = add_lora(varied_model(**VOCABULARY), targets=["q_proj", "v_proj"])
+    as_if_trained(further)
+    as_if_trained(further)
+    directory = runs / "on-adapter"
+    write_run(directory / "medusa-1", varied_model(**VOCABULARY), "medusa-1", runs / "base", yaml=yaml)
+    write_run(directory / "further", further, "medusa-2", runs / "base", yaml=yaml)
+    merged = further.merge_and_unload()
+    del merged.medusa_heads
+    write_run(directory / "merged", merged, "medusa-2", runs / "base", yaml=yaml)
+    for folder in directory.rglob("tokenizer.json"):
+        make_tokenizer("zephyr").save_pretrained(folder.parent)
+    return directory
+
+
+def test_medusa_1_on_an_adapter_left_the_model_as_it_was(on_adapter, runs, capsys, tmp_path):
+    run(
+        capsys, "evaluate", on_adapter / "medusa-1", "--prompts", runs / "prompts.jsonl", "--max-new-tokens", 2,
+        "--limit", 1, "--json", tmp_path / "report.json", "--held-out", runs / "held_out.jsonl",
+    )  # fmt: skip
+    quality = json.loads((tmp_path / "report.json").read_text())["quality"]
+    assert abs(quality["kl"]) < 1e-6 and quality["perplexity"] == quality["original_perplexity"]
+
+
+@pytest.mark.parametrize("kind", ["further", "merged"])
+def test_original_of_an_adapter_that_was_trained_further_has_the_adapter_before(kind, on_adapter, runs):
+    tokens = torch.arange(5, 15)[None]
+    found = load_original(on_adapter / kind, None, None, torch.device("cpu"))
+    expected = PeftModel.from_pretrained(varied_model(**VOCABULARY), runs / "medusa-2").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(found(tokens).logits, expected(tokens).logits)
+
+
+def test_original_on_the_hub_is_that_of_the_runs_revision(runs, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, revision=None, **_):
+        asked.append((name, revision))
+        return str(runs / "base")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    full = varied_model(**VOCABULARY)
+    as_if_trained(full)
+    write_run(tmp_path / "full", full, "medusa-2", "org/model", yaml={"revision_of_model": "v2"})
+    for original in (None, "org/other"):
+        assert load_original(tmp_path / "full", None, original, torch.device("cpu")) is not None
+    assert asked == [("org/model", "v2"), ("org/other", None)]
+
+
+def test_original_of_an_export_is_not_the_model_that_it_is_served_with(runs, tmp_path):
+    export(find_source(runs / "medusa-2"), "tgi", tmp_path / "out", model="merged")
+    tokens = torch.arange(5, 15)[None]
+    found = load_original(tmp_path / "out", None, None, torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(found(tokens).logits, varied_model(**VOCABULARY).eval()(tokens).logits)
 
 
 def test_original_of_an_adapter_is_not_loaded_a_second_time(runs):
@@ -178,6 +287,25 @@ def test_tree_beside_the_heads_is_considered(runs, capsys, tmp_path, monkeypatch
     monkeypatch.setattr(TreeChooser, "begin", lambda chooser, _: begun.append(chooser._lengths[tree].mean))
     run(capsys, "generate", tmp_path / "run", "--prompt", "Hi", "--max-new-tokens", 9)
     assert begun == [pytest.approx(1.9)]
+
+
+def test_paths_of_a_home_directory_are_those_of_their_owner(runs, capsys, tmp_path, monkeypatch):
+    """Shells leave `~` as it is behind `=`, and Python has no shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs / "medusa-1", tmp_path / "run")
+    for name in ("prompts.jsonl", "held_out.jsonl"):
+        shutil.copyfile(runs / name, tmp_path / name)
+    tree = Tree(((0,), (1,), (2,)))
+    write_tree("~/run/tree.json", tree, expected_acceptance_length=1.9)
+    assert MedusaModel.from_pretrained("~/run")._tuned == {tree: 1.9}
+    run(
+        capsys, "evaluate", "~/run", "--prompts=~/prompts.jsonl", "--limit=1", "--max-new-tokens=2", "--json=~/a.json",
+        "--tree=~/run/tree.json", "--held-out=~/held_out.jsonl", f"--original={runs / 'base'}",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "a.json").read_text())["overall"]["prompts"] == 1
+    run(capsys, "export", "~/run", "--to=vllm", "--out=~/out")
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "~").exists()
 
 
 def test_generate_with_an_adapter_is_the_adapted_models_answer(runs, capsys):
@@ -342,3 +470,11 @@ def test_missing_bitsandbytes_is_one_line(runs, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     printed = run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--load-in-8bit", status=1)
     assert printed.err.splitlines()[-1].endswith("8-bit and 4-bit models need bitsandbytes: pip install bitsandbytes")
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "accelerate"])
+def test_missing_package_of_quantized_models_is_one_line(package, runs, capsys, monkeypatch):
+    for name in ("bitsandbytes", "accelerate"):
+        monkeypatch.setitem(sys.modules, name, None if name == package else types.ModuleType(name))
+    printed = run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--load-in-8bit", status=1)
+    assert printed.err.splitlines()[-1].endswith(f"8-bit and 4-bit models need {package}: pip install {package}")

@@ -123,6 +123,8 @@ def test_heads_of_medusa1_leave_the_model_as_it_is(trained, cfg, said):
 
 
 def test_medusa1_heads_under_another_adapter_than_in_training_are_refused(trained, cfg):
+    trained("medusa-1", yaml=None)
+    load_trained_model(fresh(), cfg())
     trained("medusa-1", yaml={"lora_model_dir": "adapter"})
     with pytest.raises(ValueError, match="trained with lora_model_dir: adapter, the YAML has unset"):
         load_trained_model(fresh(), cfg())

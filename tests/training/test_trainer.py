@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
+from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
 from conftest import COMMON, HIDDEN, VOCAB, add_lora, make_model
 from datasets import Dataset
@@ -134,6 +135,20 @@ FINAL_NORMS = {
     "olmo2": (("layers", "norm"), {}),
     "starcoder2": (("layers", "norm"), {}),
     "mamba": (("layers", "norm_f"), {"state_size": 8}),
+    "gemma3n_text": (
+        ("layers", "norm"),
+        {
+            "intermediate_size": [64, 64],
+            "layer_types": ["full_attention"] * 2,
+            "activation_sparsity_pattern": [0.0, 0.0],
+        }
+        | {
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 4,
+            "num_kv_shared_layers": 0,
+        },
+    ),
     "bart": (
         ("layers", None),
         {"d_model": HIDDEN, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
@@ -245,6 +260,27 @@ def test_open_hidden_cache_announces_its_size_and_warns_where_no_sample_comes_tw
     assert line.endswith("2 rows of 32 in bf16, 1.28e-07 GB; 0 of 1 samples are stored")
     assert bool(said["warning"]) is warned
     assert trainer._cached_rows.cache.directory.parent == tmp_path / "c"
+
+
+def test_every_data_set_that_is_read_has_columns_of_tokens_alone(monkeypatch):
+    """Also the one that `axolotl evaluate` hands over."""
+    monkeypatch.setattr(AxolotlTrainer, "_get_dataloader", lambda _self, dataset, **_: dataset)
+    row = {"input_ids": [5, 6], "labels": [5, 6]}
+    trainer = object.__new__(MedusaTrainer)
+    assert trainer._get_dataloader(Dataset.from_list([{**row, "id": "x"}]), description="Evaluation").to_list() == [row]
+
+
+@pytest.mark.parametrize("method", ["_load_best_model", "_load_from_checkpoint"])
+def test_checkpoint_without_heads_that_fit_is_one_line(method, tmp_path):
+    trainer = SimpleNamespace(
+        model=with_heads(make_model()),
+        state=SimpleNamespace(best_model_checkpoint=str(tmp_path)),
+        medusa_cfg=config(medusa_only_heads=True),
+        _engine_keeps_heads=False,
+    )
+    trainer._load_heads = MethodType(MedusaTrainer._load_heads, trainer)
+    with pytest.raises(SystemExit, match=f"axolotl-medusa: {tmp_path}/medusa_heads/.* does not exist"):
+        getattr(MedusaTrainer, method)(trainer, *([str(tmp_path)] if method == "_load_from_checkpoint" else []))
 
 
 @pytest.mark.parametrize("drop_attention_mask", [False, True])

@@ -1,6 +1,6 @@
 """The target's backbone under `torch.compile`, over a cache whose shapes never change.
 
-Contract: compiles and hands out caches; what is forwarded and where it goes is `tree_attention`'s. A compiled forward is
+Contract: compiles and hands out caches; what is forwarded and where it goes is `target_cache`'s. A compiled forward is
 made for every shape, so all steps of a batch must have one: keys and values have columns for the whole text from the start,
 in steps of `COLUMNS`, and rows that stopped stay. Growing caches are faster where nothing is compiled, so they are the default.
 """

@@ -51,7 +51,7 @@ def dtype_here(
     if name.removeprefix("torch.") != "bfloat16":
         return dtype
     LOG.warning(
-        "%s is stored in bf16, which this CPU has no instructions for: loaded in fp32, which is faster here and takes twice "
+        "%s is stored in bf16, which this CPU has no fast matmuls for: loaded in fp32, which is faster here and takes twice "
         "the memory; --dtype bf16 (dtype=torch.bfloat16) leaves it as it is",
         model,
     )

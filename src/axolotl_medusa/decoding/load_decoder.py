@@ -5,16 +5,20 @@ Contract: knows files and loaders; nothing about decoding.
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from axolotl_medusa.decoding.default_dtype import dtype_here
-from axolotl_medusa.decoding.load_target import OwnCodeError, explained_code
+from axolotl_medusa.decoding.library_errors import OwnCodeError, one_line_for
+from axolotl_medusa.decoding.load_target import NO_MODEL, load_model
 from axolotl_medusa.decoding.medusa_model import MedusaModel
-from axolotl_medusa.errors import first_line
-from axolotl_medusa.model.sources import find_source
+from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.model.sources import Source, find_source, text_value, yaml_value
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -46,7 +50,7 @@ def load_decoder(
 
     Raises:
         ValueError: There are no heads, model or tokenizer, they do not belong together, or both options are set.
-        RuntimeError: bitsandbytes is missing.
+        RuntimeError: A package that the model, the tokenizer or the quantization needs is missing.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     device = "cuda" if torch.cuda.is_available() else None
@@ -73,17 +77,64 @@ def load_tokenizer(heads: str | Path, base_model: str | None = None, *, trust_re
     source = find_source(heads, base_model)
     files = source.tokenizer_files()
     directory = files[0].parent if files else source.model_dir()
+    # The heads' own config.json says nothing about the tokenizer, and makes transformers warn.
+    with one_line_for(source.model_dir(), NO_MODEL):
+        config = AutoConfig.from_pretrained(source.model_dir(), trust_remote_code=trust_remote_code)
+    with one_line_for(directory, "has no tokenizer that can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=trust_remote_code)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some settings are only read here
+    return tokenizer
+
+
+def find_original(heads: str | Path, base_model: str | None, original: str | None) -> Source | None:
+    """Finds the model that training started from, in the revision that training used; from the Hub it is downloaded.
+
+    Args:
+        heads: A canonical directory, an output_dir or a checkpoint.
+        base_model: What the command was given as base model.
+        original: Directory or Hub name of the original; by default what training wrote down.
+
+    Returns:
+        The model, for Medusa-1 the one that the heads are for; None where it is the trained one with its adapter off.
+
+    Raises:
+        ValueError: Nothing names it, or it is missing.
+    """
+    source = find_source(heads, base_model)
+    start = _start_of_training(source) if original is None else replace(source, meta={}, base_model=original)
+    if start is None:
+        return None
+    if original is not None:
+        start = replace(start, adapter_dir=None, full_model_dir=None)
+    if start.base_model is None:
+        raise ValueError(f"{source.heads_dir} does not say which model training started from: name it with --original")
     try:
-        # The heads' own config.json says nothing about the tokenizer, and makes transformers warn.
-        with explained_code(source.model_dir()):
-            config = AutoConfig.from_pretrained(source.model_dir(), trust_remote_code=trust_remote_code)
-        with explained_code(directory):
-            return AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=trust_remote_code)
-    except OwnCodeError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        raise ValueError(f"{directory} has no tokenizer that can be loaded: {reason}") from error
+        directory = start.base_model_dir()
+    except ValueError as error:
+        raise ValueError(
+            f"the original model {start.base_model} is neither a directory here nor can it be downloaded: name its directory "
+            "with --original"
+        ) from error
+    read_json(directory / CONFIG_FILE)
+    if start.adapter_dir is not None:
+        read_json(start.adapter_dir / ADAPTER_CONFIG_FILE)
+    return start
+
+
+def _start_of_training(source: Source) -> Source | None:
+    """The model that training started from, None where it is the trained one with its adapter off."""
+    if source.meta.get("recipe") == "medusa-1":
+        return source  # it is trained no further
+    adapter = yaml_value(source.meta, "lora_model_dir")
+    if source.adapter_dir is not None:
+        return None if adapter is None else replace(source, adapter_dir=Path(adapter).expanduser())
+    # The config of an export names the model that it is served with.
+    exported = source.meta.get("export")
+    config = exported.get("config") if isinstance(exported, dict) else None
+    where = source.heads_dir / CONFIG_FILE
+    named = text_value(config if isinstance(config, dict) else source.config, "base_model_name_or_path", where)
+    adapter_dir = None if adapter is None else Path(adapter).expanduser()
+    return replace(source, base_model=named, adapter_dir=adapter_dir, full_model_dir=None)
 
 
 def load_original(
@@ -94,7 +145,7 @@ def load_original(
     *,
     trust_remote_code: bool = False,
 ) -> Any | None:
-    """Loads the model that Medusa-2 started from.
+    """Loads the model that training started from, as `find_original` finds it.
 
     Args:
         heads: A canonical directory, an output_dir or a checkpoint.
@@ -108,34 +159,33 @@ def load_original(
 
     Raises:
         ValueError: Nothing names it, or it cannot be loaded.
+        RuntimeError: A package that it needs is missing.
     """
-    from transformers import AutoModelForCausalLM
-
-    source = find_source(heads, base_model)
-    if original is None:
-        if source.adapter_dir is not None:
-            return None
-        original = source.config.get("base_model_name_or_path")
-    if original is None:
-        raise ValueError(f"{source.heads_dir} does not say which model training started from: name it with --original")
-    options = {"dtype": dtype_here("auto", original, device), "trust_remote_code": trust_remote_code}
+    source = find_original(heads, base_model, original)
+    if source is None:
+        return None
+    directory = source.model_dir()
     try:
-        with explained_code(original):
-            return AutoModelForCausalLM.from_pretrained(original, **options).to(device).eval()
-    except (OSError, KeyError) as error:
-        reason = first_line(error)
+        with one_line_for(directory, NO_MODEL):
+            dtype = dtype_here("auto", directory, device)
+        options = {"trust_remote_code": trust_remote_code}
+        return load_model(source, directory, dtype, device, options).eval()
+    except OwnCodeError:
+        raise
+    except ValueError as error:
         raise ValueError(
-            f"the original model {original} cannot be loaded: {reason}: name it with --original"
+            f"the original model {source.base_model} cannot be loaded: {error}; or name another with --original"
         ) from error
 
 
 def _quantization(load_in_8bit: bool, load_in_4bit: bool) -> Any:
     if load_in_8bit and load_in_4bit:
         raise ValueError("both 8-bit and 4-bit are asked for, expected one: leave --load-in-8bit or --load-in-4bit out")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError("8-bit and 4-bit models need bitsandbytes: pip install bitsandbytes") from error
+    for package in ("bitsandbytes", "accelerate"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise RuntimeError(f"8-bit and 4-bit models need {package}: pip install {package}") from error
     from transformers import BitsAndBytesConfig
 
     if load_in_8bit:

@@ -6,17 +6,17 @@ decoding.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from axolotl_medusa.decoding.default_dtype import dtype_here
-from axolotl_medusa.errors import first_line
+from axolotl_medusa.decoding.library_errors import one_line_for
 from axolotl_medusa.model.anatomy import causal_lm, embedding_shape, frozen_output_embedding, output_embedding
 from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.model.heads_directory import HeadsFile, read_heads, weight_hash
@@ -28,6 +28,8 @@ LOG = logging.getLogger(__name__)
 _HASHED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that a model may have had in training: the hash is of the output embedding's bytes in that type. Axolotl loads a
 model in half precision and may turn its embeddings back into fp32, so rounded values in fp32 count too."""
+
+NO_MODEL = "cannot be loaded as a causal language model"
 
 
 def load_target(
@@ -47,7 +49,8 @@ def load_target(
         **load_options: Given to transformers' `from_pretrained`; without `trust_remote_code=True` no code of a model is run.
 
     Raises:
-        ValueError: There are no heads or no model, or the heads belong to another model.
+        ValueError: There are no heads or no model, their files are damaged, or the heads belong to another model.
+        RuntimeError: A package that the model or its adapter needs is missing.
     """
     source = find_source(heads, None if isinstance(base_model, nn.Module) else _text(base_model))
     file = read_heads(source.heads_dir)
@@ -60,8 +63,9 @@ def load_target(
     stored = stored_output_embedding(directory)
     _check_shape(stored.shape, (file.config["vocab_size"], file.config["hidden_size"]), str(directory))
     _check_hash(source, stored.load, str(directory))
-    dtype = dtype_here(dtype, directory, device, stored.dtype, **load_options)
-    return _load(source, directory, dtype, device, load_options), file
+    with one_line_for(directory, NO_MODEL):
+        dtype = dtype_here(dtype, directory, device, stored.dtype, **load_options)
+    return load_model(source, directory, dtype, device, load_options), file
 
 
 def check_sizes(model: nn.Module, heads: MedusaHeads) -> None:
@@ -118,51 +122,46 @@ def _trained_types(stored: torch.dtype, heads_dtype: str | None) -> list[tuple[t
     return [(), *sorted(ways, key=lambda way: way[-1] != named)]
 
 
-def _load(
+def load_model(
     source: Source,
     directory: Path,
     dtype: torch.dtype | str,
     device: torch.device | str | None,
     load_options: dict[str, Any],
 ) -> nn.Module:
+    """Loads a model from its directory, and the source's adapter unmerged on it if there is one.
+
+    Raises:
+        ValueError: Files are damaged.
+        RuntimeError: A package is missing.
+    """
     from transformers import AutoModelForCausalLM
 
     load_options.setdefault("trust_remote_code", False)
-    try:
-        with explained_code(directory):
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **load_options)
-    except (OSError, KeyError) as error:
-        reason = first_line(error)
-        raise ValueError(f"{directory} cannot be loaded as a causal language model: {reason}") from error
+    with one_line_for(directory, NO_MODEL):
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **load_options)
+        check_generation_config(model)
     if source.adapter_dir is not None:
         try:
             from peft import PeftModel
         except ImportError as error:
             raise RuntimeError(f"{source.adapter_dir} is an adapter, which needs peft: pip install peft") from error
-        model = PeftModel.from_pretrained(model, source.adapter_dir)
+        advice = "get its files again, or name the model that it was trained on with --base-model"
+        with one_line_for(source.adapter_dir, f"is no adapter that can be loaded on {directory}", advice):
+            model = PeftModel.from_pretrained(model, source.adapter_dir)
     return model if device is None else model.to(device)
 
 
-class OwnCodeError(ValueError):
-    """A model brings code, and nobody said that it may be run."""
-
-
-@contextlib.contextmanager
-def explained_code(model: str | Path) -> Iterator[None]:
-    """Says in one line what to do about a model that cannot be loaded without the code that it brings.
+def check_generation_config(model: Any) -> None:
+    """Refuses a generation config whose ends of a text are no token ids.
 
     Raises:
-        OwnCodeError: transformers refused to run it.
+        ValueError: They are anything else.
     """
-    try:
-        yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise OwnCodeError(
-            f"{model} brings code of its own, which is run only if you say so: read it, then add --trust-remote-code (in Python "
-            "trust_remote_code=True)"
-        ) from error
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = eos if isinstance(eos, list | tuple) else [eos] if eos is not None else []
+    if not all(isinstance(token, int) for token in ids):
+        raise ValueError(f"eos_token_id is {shorten(eos)}, expected a token id or a list of them")
 
 
 def _text(path: str | Path | None) -> str | None:

@@ -1,7 +1,7 @@
 """Medusa decoding: text from a causal LM and its heads, several tokens per forward of the model.
 
 Contract: needs torch and transformers only. A step forwards a candidate tree (`tree`) over the KV cache
-(`tree_attention`), decides what is accepted (`acceptance`), and runs the heads on the last accepted position alone.
+(`target_cache`), decides what is accepted (`acceptance`), and runs the heads on the last accepted position alone.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class MedusaModel:
         """
         model, file = load_target(heads, base_model, dtype, device, **load_options)
         medusa = cls(model, file.as_heads())
-        medusa._tuned = tuned_trees(Path(heads), medusa.heads.num_heads, medusa.heads.vocab_size)
+        medusa._tuned = tuned_trees(Path(heads).expanduser(), medusa.heads.num_heads, medusa.heads.vocab_size)
         return medusa
 
     @property

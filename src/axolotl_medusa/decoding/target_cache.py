@@ -62,8 +62,9 @@ class TargetCache:
         self._dtype = causal_lm(model).dtype
         self._window = sliding_window(self._config)
         self._padding = attention_mask if not bool(attention_mask.all()) else None
-        # Neither cache drops what a sliding window no longer sees (a DynamicCache would with a config): trees need it.
+        # Without a config, as it would else drop what a node of the tree still sees: `_end_columns` drops the rest.
         self.cache: Cache = DynamicCache()
+        self._dropped = 0
         self._columns: int | None = None
         if compiled is not None:
             rows, prompt = attention_mask.shape
@@ -91,7 +92,9 @@ class TargetCache:
         """
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = (columns - self.start[:, None]).clamp(min=0)
-        return self._forward(self._own, input_ids, self._padding, positions)[:, -1:]
+        hidden = self._forward(self._own, input_ids, self._padding, positions)[:, -1:]
+        self._end_columns()
+        return hidden
 
     def verify(self, tokens: Tensor, tree: TreeTensors) -> Tensor:
         """Forwards all nodes of a tree, `[B, n]`, over the cache; their keys and values are appended to it.
@@ -121,9 +124,9 @@ class TargetCache:
         self._ends = [end + len(path) for end, path in zip(self._ends, paths, strict=True)]
         if source != target:
             moves = torch.tensor([source, target], device=self.end.device)
-            for layer in self.cache.layers:
+            for number, layer in enumerate(self.cache.layers):
                 for states in (layer.keys, layer.values):
-                    _move_columns(states, *moves.to(states.device))
+                    _move_columns(states, *(moves - self._first_column(number)).to(states.device))
         self._end_columns()
         self.end = torch.tensor(self._ends, device=self.end.device)
 
@@ -137,12 +140,22 @@ class TargetCache:
         self._end_columns()
 
     def _end_columns(self) -> None:
-        """Lets the cache go on after the text."""
-        for layer in self.cache.layers:
-            if self._columns is None:
-                layer.keys, layer.values = layer.keys[:, :, : self.width], layer.values[:, :, : self.width]
-            else:
+        """Lets the cache go on after the text, and drops from sliding layers what no later token sees."""
+        if self._columns is not None:
+            for layer in self.cache.layers:
                 layer.cumulative_length.fill_(self.width)
+            return
+        before = [self._first_column(number) for number in range(len(self.cache.layers))]
+        if self._window is not None:
+            self._dropped = max(self._dropped, min(self._ends) - self._window + 1)
+        for number, layer in enumerate(self.cache.layers):
+            kept = slice(self._first_column(number) - before[number], self.width - before[number])
+            layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+
+    def _first_column(self, number: int) -> int:
+        """The first column that a layer still has."""
+        types = getattr(self._config, "layer_types", None)
+        return self._dropped if types is None or types[number] == "sliding_attention" else 0
 
     def _own(self, **arguments: Any) -> Tensor:
         hidden: Tensor = self._backbone(**arguments)[0]
@@ -157,11 +170,11 @@ class TargetCache:
             use_cache=True,
         )
 
-    def _masks(self, tree: TreeTensors) -> Tensor | dict[str, Tensor] | None:
+    def _masks(self, tree: TreeTensors) -> Tensor | dict[str, Tensor] | dict[str, None] | None:
         """The mask that the backbone takes; one per kind of layer where it mixes full and sliding ones."""
         alone = not tree.tree.choices and self._padding is None and len(self._ends) == 1
-        if alone and self._window is None and self._compiled is None:
-            return None
+        if alone and self._compiled is None:  # it sees all columns that a layer still has
+            return dict.fromkeys(_LAYER_TYPES) if mixes_layer_types(self._config) else None
         width, rows, nodes = self.width, len(self._ends), len(tree.depths)
         columns = torch.arange(self._columns or width + nodes, device=self.end.device)  # W + n, or all that there are
         in_text = (columns >= self.start[:, None]) & (columns < self.end[:, None])
@@ -174,8 +187,11 @@ class TargetCache:
         all_columns[:, width : width + nodes] = own_columns
         near = own_columns[:, :, None] - all_columns[:, None, :] < self._window
         if mixes_layer_types(self._config):
-            return {"full_attention": self._mask(seen), "sliding_attention": self._mask(seen & near)}
-        return self._mask(seen & near)
+            return {
+                "full_attention": self._mask(seen),
+                "sliding_attention": self._mask((seen & near)[:, :, self._dropped :]),
+            }
+        return self._mask((seen & near)[:, :, self._dropped :])
 
     def _mask(self, seen: Tensor) -> Tensor:
         """What the attention implementation adds or selects by, `[B, 1, n, columns]`."""

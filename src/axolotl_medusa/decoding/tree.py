@@ -218,7 +218,7 @@ def named_tree(name: str | Path, num_heads: int) -> Tree:
         tree = chain(int(size) if size else num_heads)
     elif kind == "default" and is_size:
         tree = default_tree(num_heads, int(size) if size else DEFAULT_NODES)
-    elif Path(name).is_file():
+    elif Path(name).expanduser().is_file():
         tree = read_tree(name)
     else:
         raise ValueError(
@@ -236,7 +236,7 @@ def read_tree(file: str | Path) -> Tree:
         ValueError: It is missing, not JSON, or not a tree.
     """
     try:
-        content = parse_json(Path(file).read_bytes(), str(file))
+        content = parse_json(Path(file).expanduser().read_bytes(), str(file))
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}): expected a tree's JSON file") from error
     choices = content.get("choices") if isinstance(content, dict) else content
@@ -256,7 +256,7 @@ def read_tree(file: str | Path) -> Tree:
 
 def write_tree(file: str | Path, tree: Tree, **facts: Any) -> None:
     """Writes a tree and facts about it (where it comes from, what is expected of it), whole or not at all."""
-    file = Path(file)
+    file = Path(file).expanduser()
     part = file.with_name(file.name + ".part")
     content = {"choices": [list(choice) for choice in tree.choices], "num_nodes": tree.num_nodes, **facts}
     part.write_text(json.dumps(content) + "\n", encoding="utf-8")

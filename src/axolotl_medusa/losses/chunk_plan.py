@@ -59,7 +59,7 @@ def planned_chunks(
     Args:
         predictions: What is trained.
         teacher: The teacher of those that have `teacher_rows`.
-        chunk_rows: Rows per chunk; without, as many as make `CHUNK_LOGITS`.
+        chunk_rows: Rows per chunk; without, as many as `_rows_that_fit`.
         on_all_ranks: Whether all ranks, which must all call, get equally many chunks; the last ones of a rank that has fewer
             rows than another are empty.
     """

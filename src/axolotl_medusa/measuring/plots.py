@@ -33,7 +33,7 @@ def write_plots(report: Mapping[str, Any], directory: str | Path) -> list[Path]:
     """
     check_matplotlib()
     check_plots(directory, PLOTS)
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     draw = (_accuracies, _accepted_lengths, _speed_ups)
     return [save_plot(directory / name, one, report) for name, one in zip(PLOTS, draw, strict=True)]
@@ -57,7 +57,7 @@ def check_plots(directory: str | Path, names: Iterable[str]) -> None:
     Raises:
         ValueError: There is such a file, or `directory` is a file.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, expected a directory to draw in: choose another one")
     for file in (directory / name for name in names):

@@ -37,6 +37,16 @@ class ModelQuality:
     kl: float
 
 
+def check_texts(texts: Sequence[Sequence[int]]) -> None:
+    """Refuses texts that predict nothing.
+
+    Raises:
+        ValueError: None has two tokens.
+    """
+    if all(len(text) < 2 for text in texts):
+        raise ValueError("held-out text has 0 tokens to predict, expected at least 1: give longer text")
+
+
 @torch.no_grad()
 def compare_models(model: Any, original: Any | None, texts: Sequence[Sequence[int]]) -> ModelQuality:
     """Compares a trained model with the original on held-out text.
@@ -51,6 +61,7 @@ def compare_models(model: Any, original: Any | None, texts: Sequence[Sequence[in
     """
     if original is None and not hasattr(model, "disable_adapter"):
         raise ValueError(f"{type(model).__name__} has no adapters to switch off: name the original model")
+    check_texts(texts)
     tokens, totals = 0, torch.zeros(3, dtype=torch.float64)
     for text in texts:
         if len(text) < 2:
@@ -62,8 +73,6 @@ def compare_models(model: Any, original: Any | None, texts: Sequence[Sequence[in
         tokens += len(targets)
         for rows in zip(*(torch.split(part, _ROWS_AT_ONCE) for part in (trained, before, targets)), strict=True):
             totals += _sums(*rows)
-    if not tokens:
-        raise ValueError("held-out text has 0 tokens to predict, expected at least 1: give longer text")
     own, originals, kl = (totals / tokens).tolist()
     return ModelQuality(tokens, math.exp(own), math.exp(originals), kl)
 

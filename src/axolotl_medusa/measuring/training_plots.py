@@ -13,6 +13,7 @@ from typing import Any
 
 from axolotl_medusa.measuring.plots import check_matplotlib, check_plots, save_plot
 from axolotl_medusa.model.checkpoints import checkpoints
+from axolotl_medusa.model.file_names import STATE_FILE
 from axolotl_medusa.model.json_files import read_value
 
 TRAINING_PLOTS = {
@@ -22,7 +23,6 @@ TRAINING_PLOTS = {
 }
 """Files, the metrics that each shows, and what its axis is called; `eval_` before a name is the evaluation's."""
 
-_STATE = "trainer_state.json"
 _LARGEST = 1e30
 """Values beyond, infinity among them, cannot be drawn."""
 
@@ -50,7 +50,7 @@ def write_training_plots(output_dir: str | Path, directory: str | Path) -> list[
             f"{state} has no losses of heads: train with logging_steps set and without medusa_logging: false"
         )
     check_plots(directory, TRAINING_PLOTS)
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
 
     def draw(axes: Any, name: str) -> None:
@@ -68,15 +68,15 @@ def trainer_state(output_dir: str | Path) -> Path:
     Raises:
         ValueError: There is none.
     """
-    directory = Path(output_dir)
-    if (directory / _STATE).is_file():
-        return directory / _STATE
-    found = checkpoints(directory, _STATE)
+    directory = Path(output_dir).expanduser()
+    if (directory / STATE_FILE).is_file():
+        return directory / STATE_FILE
+    found = checkpoints(directory, STATE_FILE)
     if not found:
         raise ValueError(
-            f"{directory} has no checkpoint-*/{_STATE}: expected what training wrote, an output_dir with a checkpoint"
+            f"{directory} has no checkpoint-*/{STATE_FILE}: expected what training wrote, an output_dir with a checkpoint"
         )
-    return found[-1] / _STATE
+    return found[-1] / STATE_FILE
 
 
 def _log_history(state: Path) -> Sequence[Mapping[str, Any]]:

@@ -35,8 +35,8 @@ _HASHED_AT_ONCE = 1 << 20
 """Elements of a weight that are hashed at a time."""
 
 _VERSIONS_OF = ("axolotl-medusa", "axolotl", "torch", "transformers", "peft")
-_LARGEST_SIZE = 2**31 - 1
-"""Of a hidden state or a vocabulary."""
+_LARGEST_SIZE = 2**24
+"""Of a hidden state or a vocabulary: far beyond any, and bytes of a matrix of both are still a number for torch."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def verify_heads(file: HeadsFile, where: str) -> None:
             f"{where}/{CONFIG_FILE} lacks {', '.join(missing_keys)}: expected the config of a canonical directory"
         )
     _verify_numbers(file, where)
-    reference = MedusaHeads(
+    by_config = MedusaHeads(
         config["hidden_size"],
         config["vocab_size"],
         config["medusa_num_heads"],
@@ -276,7 +276,7 @@ def verify_heads(file: HeadsFile, where: str) -> None:
         file.form,
         device="meta",
     )
-    expected = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in by_config.state_dict().items()}
     if file.form == "shared":
         expected[SHARED_OUTPUT_LAYER] = (config["vocab_size"], config["hidden_size"])
     found = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}

@@ -17,9 +17,9 @@ _NAMES = (
     r"api_?key|access_?key(?:_?id)?|secret_?(?:access_?)?key|(?:private|account|encryption|wandb|license)_?key|"
     r"(?:auth|access|hub|hf|hugging_?face|api|session|refresh|security|sas|tracking|wandb|github|gh|gitlab|oauth|bearer|private|"
     r"personal)_?token|secret|passw(?:or)?d|passphrase|credentials?|authorization|amz_signature|goog_signature|"
-    r"webhook(?:_?ur[il])?"
+    r"(?:slack|discord|telegram|databricks|mlflow|comet|swanlab|npm|pypi)_token|basic_auth|webhook(?:_?ur[il])?"
 )
-_KEY = re.compile(rf"(?:^|.*[\W_])(?:{_NAMES})$|^token$|^pwd$", re.IGNORECASE)
+_KEY = re.compile(rf"(?:^|.*[\W_])(?:{_NAMES})(?:s|_pem)?$|^token$|^pwd$", re.IGNORECASE)
 """Names of settings: `hub_token` and `comet_api_key`, not `eos_token` or `tokens`."""
 
 _ANYWHERE = _NAMES.replace("_?", "[_-]?").replace("amz_", "amz-").replace("goog_", "goog-")
@@ -28,6 +28,8 @@ _VALUE = r"(?!\*\*\*|\{|\$\{|(?-i:\$[A-Z_]+\b))[^\s&;,#\"'<>]+"
 _IN_TEXT = (
     # The user's part of an address: all up to the last @ before the path.
     (re.compile(r"(?<=://)[^\s/?#\"'<>]+(?=@)"), HIDDEN),
+    # The same with marks in the password that should have been quoted; a port and a path that has an @ are none.
+    (re.compile(r"(?<=://)[^\s/:@\"'<>]*:(?!\d*[/?#])[^\s\"'<>]*(?=@)"), HIDDEN),
     # A parameter of a query or a connection string; short names only where a query's separator stands before them.
     (re.compile(rf"(?i)((?:{_ANYWHERE})=){_VALUE}"), rf"\1{HIDDEN}"),
     (re.compile(rf"(?i)(?<=[?&;#])((?:token|key|sig|signature|auth|pwd|code)=){_VALUE}"), rf"\1{HIDDEN}"),

@@ -14,26 +14,24 @@ from reprlib import repr as shorten
 from typing import Any, Literal
 
 from axolotl_medusa.model.checkpoints import checkpoints
-from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE
+from axolotl_medusa.model.file_names import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    HEADS_FILE,
+    HEADS_FOLDER,
+    META_FILE,
+    TOKENIZER_FILES,
+    TORCH_FILE,
+    TORCH_INDEX,
+)
 from axolotl_medusa.model.heads import HeadForm
 from axolotl_medusa.model.heads_directory import open_heads
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.safe_paths import stays_inside
 from axolotl_medusa.model.tensor_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, TensorFiles
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-
-_FULL_MODEL_FILES = (SAFETENSORS_INDEX, SAFETENSORS_FILE, "pytorch_model.bin.index.json", "pytorch_model.bin")
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.*",
-)
+_FULL_MODEL_FILES = (SAFETENSORS_INDEX, SAFETENSORS_FILE, TORCH_INDEX, TORCH_FILE)
 _LONGEST_TEXT = 1000
 """Characters of a name or path."""
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")
@@ -109,7 +107,8 @@ class Source:
         """The base model's files from the Hub, its weights in one form; looked up once."""
         from huggingface_hub import snapshot_download
 
-        revision = yaml_value(self.meta, "revision_of_model")
+        trained_on = yaml_value(self.meta, "base_model") in (None, self.base_model)
+        revision = yaml_value(self.meta, "revision_of_model") if trained_on else None
         directory = Path()
         try:
             for patterns in (_DOWNLOADED, (*_DOWNLOADED, _TORCH_WEIGHTS)):
@@ -133,7 +132,7 @@ class Source:
         base = Path(self.base_model).expanduser() if self.base_model else None
         for directory in (self.heads_dir, self.output_dir, self.full_model_dir, base):
             if directory is not None and directory.is_dir():
-                named = {path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
+                named = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
                 if found := sorted(path for path in named if path.suffix != ".py" and stays_inside(path, directory)):
                     return found
         return []
@@ -143,11 +142,12 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
     """Finds the heads and their model.
 
     With an output_dir or a checkpoint, `base_model` is the model that the run started from: what its adapter is merged
-    into. With a canonical directory, `base_model` is the model that the heads will be served with, as it is. Without
-    `base_model`, the `medusa_heads` of a Medusa-2 run are read together with the run's directory around them.
+    into. With a canonical directory, `base_model` is the model that the heads will be served with, as it is; an adapter
+    that lies beside the heads, as in an export for LoRAX, belongs on it. Without `base_model`, the `medusa_heads` of a
+    Medusa-2 run are read together with the run's directory around them.
 
     Args:
-        path: A canonical directory, an output_dir of any recipe, or a checkpoint in one.
+        path: A canonical directory, an output_dir of any recipe, a checkpoint in one, or an export with canonical heads.
         base_model: Directory or Hub name of the base model; by default what training wrote down.
 
     Returns:
@@ -161,12 +161,18 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
     if (heads_dir / META_FILE).is_file():
         meta = read_json(heads_dir / META_FILE)
     _verify(heads_dir, config)
-    alone = output_dir is None
+    alone, is_export = output_dir is None, "export" in meta
     # An export names the model that it is served with; what training wrote names the one that it started from.
-    has_trained_model = meta.get("recipe") == "medusa-2" and "export" not in meta
-    if alone and has_trained_model and base_model is None and heads_dir.resolve().name == HEADS_FOLDER:
-        output_dir = heads_dir.resolve().parent
-    adapter_dir, full_model_dir = (None, None) if output_dir is None else trained_model(output_dir, meta)
+    has_trained_model = meta.get("recipe") == "medusa-2" and not is_export
+    adapter_dir = _adapter_beside(heads_dir, meta, base_model) if alone else None
+    full_model_dir = None
+    if alone and base_model is None and adapter_dir is None and not is_export:
+        if meta.get("recipe") == "medusa-1":
+            adapter_dir, _ = trained_model(heads_dir, meta)
+        elif has_trained_model and heads_dir.resolve().name == HEADS_FOLDER:
+            output_dir = heads_dir.resolve().parent
+    if output_dir is not None:
+        adapter_dir, full_model_dir = trained_model(output_dir, meta)
     if has_trained_model and adapter_dir is None and full_model_dir is None and not (alone and base_model):
         raise ValueError(_missing_model(output_dir or heads_dir))
     named = base_model or text_value(config, "base_model_name_or_path", heads_dir / CONFIG_FILE)
@@ -176,18 +182,33 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
     return Source(heads_dir, config, meta, named, adapter_dir, full_model_dir, output_dir)
 
 
+def _adapter_beside(heads_dir: Path, meta: Mapping[str, Any], base_model: str | None) -> Path | None:
+    """The directory of heads that stand alone, where an adapter lies in it too.
+
+    Raises:
+        ValueError: They were exported with an adapter, which is gone, and nobody says which model has it merged.
+    """
+    if (heads_dir / ADAPTER_CONFIG_FILE).is_file():
+        return heads_dir
+    exported = meta.get("export")
+    if base_model is None and isinstance(exported, dict) and exported.get("adapter"):
+        raise ValueError(
+            f"{heads_dir} has no {ADAPTER_CONFIG_FILE}, but was exported with an adapter: complete the directory, or name the "
+            "model with the adapter merged as --base-model"
+        )
+    return None
+
+
 def adapter_file(adapter_dir: Path) -> Path:
     """The file with an adapter's tensors, as peft wrote it.
 
     Raises:
         ValueError: It is missing.
     """
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    for name in (ADAPTER_FILE, "adapter_model.bin"):
         if (adapter_dir / name).is_file():
             return adapter_dir / name
-    raise ValueError(
-        f"{adapter_dir} has no adapter_model.safetensors beside its {ADAPTER_CONFIG_FILE}: complete the directory"
-    )
+    raise ValueError(f"{adapter_dir} has no {ADAPTER_FILE} beside its {ADAPTER_CONFIG_FILE}: complete the directory")
 
 
 def text_value(config: Mapping[str, Any], key: str, where: object) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import secrets
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from axolotl_medusa.model.file_names import TORCH_FILE, TORCH_INDEX
 from axolotl_medusa.model.json_files import parse_json, read_json
 from axolotl_medusa.model.safe_paths import stays_inside
 from axolotl_medusa.model.torch_files import DAMAGE, check_torch_file
@@ -168,7 +170,7 @@ def _weight_files(path: Path) -> list[Path]:
         raise ValueError(f"{path} does not exist: expected a file of tensors or a directory of such files")
     for index, single, pattern in (
         (SAFETENSORS_INDEX, SAFETENSORS_FILE, "*.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin"),
+        (TORCH_INDEX, TORCH_FILE, "adapter_model.bin"),
     ):
         if (path / index).is_file():
             return _indexed_files(path / index)
@@ -391,7 +393,7 @@ def _loaded(tensor: LazyTensor) -> Tensor:
 @contextlib.contextmanager
 def whole_or_nothing(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` where the block ends without an error."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # another rank may write the same file
     try:
         yield part
         part.replace(path)

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from axolotl_medusa.model.file_names import CONFIG_FILE, META_FILE, SHARED_OUTPUT_LAYER
+from axolotl_medusa.model.file_names import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+    META_FILE,
+    SHARED_OUTPUT_LAYER,
+)
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.secrets import without_secrets
-from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE, Source
+from axolotl_medusa.model.sources import Source, adapter_file
 from axolotl_medusa.model.tensor_files import (
     LazyTensor,
     TensorFiles,
@@ -27,27 +35,20 @@ from axolotl_medusa.model.tensor_files import (
     write_tensors,
     write_torch_file,
 )
+from axolotl_medusa.serving.export_files import MERGED_FOLDER, read_marker, replaced_files
 from axolotl_medusa.serving.format_rules import TARGETS, Target, plan, refusal, target_config
 from axolotl_medusa.serving.model_card import measured_in_training, model_card, serve_command
 from axolotl_medusa.serving.served_model import (
-    copy_generation_config,
-    copy_tokenizer,
     lm_head,
     lm_head_bias,
     merged_tensors,
+    model_files,
     served_config,
 )
 from axolotl_medusa.serving.verify import verify_export
 
 LOG = logging.getLogger(__name__)
 
-MERGED_FOLDER = "merged_model"
-"""Where the merged model lies beside heads that have a file of their own."""
-
-CARD_FILE = "README.md"
-ADAPTER_FILE = "adapter_model.safetensors"
-
-_WRITTEN = ("*.safetensors", "*.safetensors.index.json", "*.pt", CONFIG_FILE, ADAPTER_CONFIG_FILE, CARD_FILE)
 _LORA_NAME = re.compile(r"\.lora_[AB]\.weight$")
 _ROWS = 8192
 """Rows of lm_head that are compared at once."""
@@ -61,7 +62,7 @@ def export(
     Args:
         source: The heads and their model, from `find_source`.
         target: A name in `format_rules.TARGETS`.
-        out: The directory to write; new, empty, or with an earlier export, whose weights are replaced.
+        out: The directory to write; new, empty, or with an earlier export, whose files are replaced.
         model: `merged` writes the model that Medusa-2 trained into `out/merged_model`. Formats that keep the heads
             among the model's tensors hold it in any case.
         verify: Whether the files are read back through an independent loader and their logits compared.
@@ -70,18 +71,22 @@ def export(
         ValueError: The target cannot express the heads, and nothing was written; or what was written serves other logits,
             and stays for inspection.
     """
-    out, format_ = Path(out), _target(target)
+    out, format_ = Path(out).expanduser(), _target(target)
     served = served_config(source)
     merged = model == "merged" and format_.file is not None
     _check(source, format_, served, out, merged=merged)
-    _prepare(source, format_, out)
+    adapter = _unmerged_adapter(source, format_, merged=merged)
+    copies = _copies(source, format_, merged=merged)
+    _prepare(source, format_, out, copies, with_adapter=adapter is not None)
     base_model = _served_model(source, format_, out, merged=merged)
     if merged:
         _write_model(source, out / MERGED_FOLDER)
     _write_heads(source, format_, served, out, base_model)
-    if adapter := _unmerged_adapter(source, format_, merged=merged):
+    if adapter is not None:
         _copy_adapter(adapter, out)
-    copy_tokenizer(source, out)
+    for name, origin in copies.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(origin, out / name)
     num_heads = source.config["medusa_num_heads"]
     card = model_card(
         target=target,
@@ -134,17 +139,12 @@ def _check_adapter(adapter: Path, target: Target) -> None:
             f"found heads trained with the adapter in {adapter}, expected a merged model: {target.name} does not serve "
             "both; add --model merged, or export to lorax"
         )
-    other = [name for name in _adapter_tensors(adapter) if not _LORA_NAME.search(name)]
+    other = [name for name in TensorFiles.open(adapter_file(adapter)) if not _LORA_NAME.search(name)]
     if other:
         raise ValueError(
             f"found {other[0]} in {adapter}, expected nothing but LoRA matrices: {target.name} would leave it out; "
             "add --model merged"
         )
-
-
-def _adapter_tensors(adapter: Path) -> TensorFiles:
-    file = adapter / ADAPTER_FILE
-    return TensorFiles.open(file if file.is_file() else file.with_suffix(".bin"))
 
 
 def _check_shared_output_layer(source: Source) -> None:
@@ -174,23 +174,32 @@ def _match(trained: Tensor, served: Tensor, dtype: torch.dtype, source: Source) 
     return True
 
 
-def _prepare(source: Source, target: Target, out: Path) -> None:
-    """Makes the directory, or takes an earlier export's weights out of it, and marks it as an export."""
+def _copies(source: Source, target: Target, *, merged: bool) -> dict[Path, Path]:
+    """What is copied as it is: by its path in the export, the file."""
+    tokenizer = {Path(file.name): file for file in source.tokenizer_files()}
+    if target.file is None:
+        return {**model_files(source), **tokenizer}
+    model = {**model_files(source), **tokenizer} if merged else {}
+    return {**tokenizer, **{MERGED_FOLDER / name: file for name, file in model.items()}}
+
+
+def _prepare(source: Source, target: Target, out: Path, copies: Collection[Path], *, with_adapter: bool) -> None:
+    """Makes the directory, or takes an earlier export's files out of it, and marks it as an export."""
     own = (source.heads_dir, source.output_dir, source.adapter_dir, source.model_dir())
     for directory in (directory.resolve() for directory in own if directory is not None):
         if out.resolve() in (directory, *directory.parents):
             raise ValueError(
                 f"found {directory} in {out}, expected another directory: it is read; choose another --out"
             )
-    marker = out / META_FILE
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not marker.is_file() or "export" not in read_json(marker):
+        if not out.is_dir() or read_marker(out) is None:
             raise ValueError(f"{out} is not empty, expected a new directory or an earlier export; choose another --out")
-        for folder in (out, out / MERGED_FOLDER):
-            for file in [file for pattern in _WRITTEN for file in folder.glob(pattern)]:
-                file.unlink()
+        for file in replaced_files(out):
+            file.unlink()
     out.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {**without_secrets(source.meta), "export": {"target": target.name, "config": source.config}})
+    exported = {"target": target.name, "config": source.config, "adapter": with_adapter}
+    exported["files"] = sorted(path.as_posix() for path in copies)
+    write_json(out / META_FILE, {**without_secrets(source.meta), "export": exported})
 
 
 def _served_model(source: Source, target: Target, out: Path, *, merged: bool) -> str:
@@ -207,7 +216,6 @@ def _write_heads(source: Source, target: Target, served: dict[str, Any], out: Pa
     tensors = list(_head_tensors(source, target))
     if target.file is None:
         write_sharded(out, [*merged_tensors(source), *tensors])
-        copy_generation_config(source, out)
         config = {**served, **config}
     elif target.file.endswith(".pt"):
         write_torch_file(out / target.file, tensors)
@@ -236,10 +244,8 @@ def _write_model(source: Source, directory: Path) -> None:
     directory.mkdir(exist_ok=True)
     write_sharded(directory, merged_tensors(source))
     write_json(directory / CONFIG_FILE, served_config(source))
-    copy_generation_config(source, directory)
-    copy_tokenizer(source, directory)
 
 
 def _copy_adapter(adapter: Path, out: Path) -> None:
     write_json(out / ADAPTER_CONFIG_FILE, without_secrets(read_json(adapter / ADAPTER_CONFIG_FILE)))
-    write_tensors(out / ADAPTER_FILE, _adapter_tensors(adapter).values())
+    write_tensors(out / ADAPTER_FILE, TensorFiles.open(adapter_file(adapter)).values())

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
+from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
 from axolotl_medusa.model.heads import HeadForm, MedusaHeads
 from axolotl_medusa.model.heads_directory import HeadsFile, heads_config, verify_heads
 from axolotl_medusa.model.json_files import read_json
@@ -183,7 +183,7 @@ def _find(path: Path) -> _Found:
         num_heads,
         num_layers,
         in_model,
-        _json(where / CONFIG_FILE) or _json(where / "adapter_config.json"),
+        _json(where / CONFIG_FILE) or _json(where / ADAPTER_CONFIG_FILE),
         _json(where / META_FILE),
     )
 

@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from axolotl_medusa.errors import first_line
+from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE
 from axolotl_medusa.model.json_files import read_json
-from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE, adapter_file
+from axolotl_medusa.model.sources import adapter_file
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
 
 _PEFT_PREFIX = "base_model.model."

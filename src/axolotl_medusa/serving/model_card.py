@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_medusa.model.checkpoints import checkpoint_step, checkpoints
-from axolotl_medusa.model.file_names import HEADS_FILE, HEADS_FOLDER
+from axolotl_medusa.model.file_names import HEADS_FILE, HEADS_FOLDER, STATE_FILE
 from axolotl_medusa.model.json_files import read_json
 
-_STATE = "trainer_state.json"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _RTP_MODEL_TYPES = {"qwen2": "qwen_2", "qwen3": "qwen_3"}
 """Model types that rtp-llm spells otherwise than transformers."""
@@ -129,12 +128,12 @@ def measured_in_training(output_dir: Path | None) -> dict[str, float]:
     if output_dir is None:
         return {}
     step = checkpoint_step(output_dir)
-    directory = output_dir if step is not None or (output_dir / _STATE).is_file() else None
-    if directory is None and (found := checkpoints(output_dir, _STATE)):
+    directory = output_dir if step is not None or (output_dir / STATE_FILE).is_file() else None
+    if directory is None and (found := checkpoints(output_dir, STATE_FILE)):
         directory = found[-1]
-    if directory is None or not (directory / _STATE).is_file():
+    if directory is None or not (directory / STATE_FILE).is_file():
         return {}
-    best, evaluations = _evaluations(directory / _STATE)
+    best, evaluations = _evaluations(directory / STATE_FILE)
     if step is None and best is not None and directory.name != best:
         heads, best_heads = (where / HEADS_FOLDER / HEADS_FILE for where in (output_dir, output_dir / best))
         if not (heads.is_file() and best_heads.is_file()):

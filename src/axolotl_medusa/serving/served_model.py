@@ -6,7 +6,6 @@ Nothing is loaded before it is written, and a merge works in the memory of the t
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,20 +71,15 @@ def served_config(source: Source) -> dict[str, Any]:
     return _served(source).config
 
 
-def copy_tokenizer(source: Source, directory: Path) -> None:
-    """Copies the tokenizer's files, chat template included."""
-    for file in source.tokenizer_files():
-        shutil.copyfile(file, directory / file.name)
+def model_files(source: Source) -> dict[Path, Path]:
+    """The model's `generation_config.json`, and the code that its configurations name, by their path in its directory.
 
-
-def copy_generation_config(source: Source, directory: Path) -> None:
-    """Copies the model's `generation_config.json`, and the code that its configurations name, where there are any."""
+    Raises:
+        ValueError: A configuration is damaged.
+    """
     origin = source.model_dir()
     configs = [path for path in origin.glob("generation_config.json") if stays_inside(path, origin)]
-    files = [path.relative_to(origin) for path in configs] + model_code(origin)
-    for file in files:
-        (directory / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(origin / file, directory / file)
+    return {file: origin / file for file in [*(path.relative_to(origin) for path in configs), *model_code(origin)]}
 
 
 def _served(source: Source) -> _Served:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from axolotl_medusa.errors import first_line
+from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE
 from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.safe_paths import stays_inside
@@ -166,14 +167,14 @@ def _lorax(directory: Path) -> Iterator[_Head]:
     num_layers = config["medusa_num_layers"]
     if num_layers > 1 or f"0.{num_layers}.weight" in files:
         raise ValueError(f"0.{num_layers}.weight makes it the first version, which fails at its first batch")
-    if (directory / "adapter_config.json").is_file():
+    if (directory / ADAPTER_CONFIG_FILE).is_file():
         _lorax_adapter(directory, files)
     for i in range(config["medusa_num_heads"]):
         yield _numbered(files, i, num_layers, output=False)
 
 
 def _lorax_adapter(directory: Path, files: _Files) -> None:
-    rank = read_json(directory / "adapter_config.json")["r"]
+    rank = read_json(directory / ADAPTER_CONFIG_FILE)["r"]
     first = [name for name in files.names() if name.endswith(".lora_A.weight")]
     if not first:
         raise ValueError("base_model.model.*.lora_A.weight is missing, expected it beside adapter_config.json")
@@ -217,14 +218,14 @@ def _in_model_files(
 
     def load(directory: Path) -> Iterator[_Head]:
         num_heads, num_layers = counts(_config(directory))
-        files = _checkpoint(directory)
+        files = _model_files(directory)
         for i in range(num_heads):
             yield _numbered(files, i, num_layers, prefix)
 
     return load
 
 
-def _checkpoint(directory: Path) -> _Files:
+def _model_files(directory: Path) -> _Files:
     """A model as transformers opens it: the index says which files."""
     index = directory / "model.safetensors.index.json"
     if not index.is_file():

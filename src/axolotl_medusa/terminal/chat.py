@@ -37,6 +37,7 @@ class TextPrinter:
         self._tokenizer, self._out, self._colour = tokenizer, out, colour
         self._tokens: list[int] = []
         self._printed = ""
+        self._line_start = 0
         self._prompt_seen = False
 
     def put(self, value: Tensor) -> None:
@@ -62,8 +63,17 @@ class TextPrinter:
             return
         self._out.write(f"{colour}{new}{_PLAIN}" if colour else new)
         self._out.flush()
-        # Words depend on their neighbours, lines do not: beginning anew keeps long answers from being decoded over and over.
-        self._tokens, self._printed = ([], "") if text.endswith("\n") else (self._tokens, text)
+        self._printed = text
+        if text.endswith("\n"):
+            self._begin_line()
+
+    def _begin_line(self) -> None:
+        """Keeps the line that ended as context: decoders of SentencePiece leave out a blank at the beginning of all text.
+
+        Lines do not depend on those before: keeping only one spares long answers from being decoded over and over.
+        """
+        self._tokens = self._tokens[self._line_start :]
+        self._printed, self._line_start = self._text(), len(self._tokens)
 
     def _text(self) -> str:
         return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))

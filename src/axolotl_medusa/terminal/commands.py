@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 
-from axolotl_medusa.decoding.load_decoder import load_decoder, load_original
+from axolotl_medusa.decoding.load_decoder import find_original, load_decoder, load_original
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, Tree, chain, default_tree, write_tree
 from axolotl_medusa.decoding.tree_chooser import AUTO, PLAIN, why_plain
 from axolotl_medusa.measuring.evaluate import PromptTokens, check_fits, environment, evaluate
 from axolotl_medusa.measuring.plots import PLOTS, check_matplotlib, check_plots, write_plots
-from axolotl_medusa.measuring.quality import compare_models
+from axolotl_medusa.measuring.quality import check_texts, compare_models
 from axolotl_medusa.measuring.step_times import SIZES, StepTimes, measure_steps
 from axolotl_medusa.measuring.tree_tuning import TunedTree, tune_tree
 from axolotl_medusa.model.anatomy import causal_lm
@@ -40,7 +40,14 @@ def run_evaluate(options: argparse.Namespace) -> None:
         check_json_output(options.json, {"heads", "prompts_file", "overall"}, "--json")
     prompts = read_prompts(options.prompts, options.limit)
     held_out = read_prompts(options.held_out) if options.held_out else []
+    if held_out:
+        find_original(
+            options.heads, options.base_model, options.original
+        )  # what is missing is said before all the rest
     model, tokenizer = _load(options)
+    texts = [conversation_tokens(tokenizer, row) for row in held_out]
+    if held_out:
+        check_texts(texts)
     if options.compile:
         model.compiled()  # refuses what cannot be compiled before anything is measured
     torch.manual_seed(options.seed)
@@ -50,18 +57,28 @@ def run_evaluate(options: argparse.Namespace) -> None:
     report |= evaluate(model, tokens, trees, options.max_new_tokens, options.compile)
     times = _step_times(model, tokens, options.compile)
     report["steps"] = dataclasses.asdict(times)
+    _print_report(report, times)
+    _write_report(report, options.json)
+    if options.json:
+        print(f"report: {options.json}")
     if held_out:
         device = causal_lm(model.base_model).get_input_embeddings().weight.device
         trust = options.trust_remote_code
         original = load_original(options.heads, options.base_model, options.original, device, trust_remote_code=trust)
-        texts = [conversation_tokens(tokenizer, row) for row in held_out]
-        report["quality"] = dataclasses.asdict(compare_models(model.base_model, original, texts))
-    _print_report(report, times)
-    if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"report: {options.json}")
+        quality = compare_models(model.base_model, original, texts)
+        report["quality"] = dataclasses.asdict(quality)
+        _write_report(report, options.json)
+        print(
+            f"model on {quality.tokens} held-out tokens: perplexity {quality.perplexity:.3f}, original "
+            f"{quality.original_perplexity:.3f}, KL(original || trained) {quality.kl:.5f}"
+        )
     for file in write_plots(report, options.plots) if options.plots else ():
         print(f"plot: {file}")
+
+
+def _write_report(report: Mapping[str, Any], path: str | None) -> None:
+    if path:
+        Path(path).expanduser().write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _step_times(model: MedusaModel, prompts: list[PromptTokens], compile: bool) -> StepTimes:
@@ -89,12 +106,6 @@ def _print_report(report: Mapping[str, Any], times: StepTimes) -> None:
             )
     ratios = ", ".join(f"{nodes}: {ratio:.2f}" for nodes, ratio in times.ratios.items())
     print(f"\na step by nodes, in plain steps of {times.plain_s * 1000:.1f} ms: {ratios}")
-    if "quality" in report:
-        quality = report["quality"]
-        print(
-            f"model on {quality['tokens']} held-out tokens: perplexity {quality['perplexity']:.3f}, original "
-            f"{quality['original_perplexity']:.3f}, KL(original || trained) {quality['kl']:.5f}"
-        )
 
 
 def run_tree(options: argparse.Namespace) -> None:

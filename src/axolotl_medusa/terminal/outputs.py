@@ -23,7 +23,7 @@ def check_json_output(path: str | Path, keys: set[str], option: str) -> None:
     Raises:
         ValueError: The file is another, a directory, or its directory is missing.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent} is no directory, expected one to write {path.name} in: make it first")
     if path.is_dir():

@@ -14,6 +14,7 @@ from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, TextIO
 
+from axolotl_medusa.decoding.library_errors import one_line_for
 from axolotl_medusa.model.json_files import parse_json
 
 MAX_PROMPTS = 100_000
@@ -52,7 +53,7 @@ def read_prompts(file: str | Path, limit: int | None = None) -> list[Prompt]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, expected at least 1")
     try:
-        with Path(file).open(encoding="utf-8") as lines:
+        with Path(file).expanduser().open(encoding="utf-8") as lines:
             prompts = list(islice(_rows(file, lines), MAX_PROMPTS + 1 if limit is None else limit))
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}): expected a JSONL file of prompts") from error
@@ -71,7 +72,8 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
     With a chat template the conversation is rendered by it. Without one, a single turn is text to be continued.
 
     Raises:
-        ValueError: There is no user turn, or several turns and no chat template.
+        ValueError: There is no user turn, several turns and no chat template, or the template refuses them.
+        RuntimeError: The template needs jinja2, which is missing.
     """
     turns = list(prompt.messages)
     while turns and turns[-1]["role"] != "user":
@@ -85,7 +87,8 @@ def conversation_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Tokens of the whole conversation, answers included.
 
     Raises:
-        ValueError: There are several turns and no chat template.
+        ValueError: There are several turns and no chat template, or the template refuses them.
+        RuntimeError: The template needs jinja2, which is missing.
     """
     return _tokens(tokenizer, prompt.id, list(prompt.messages), add_generation_prompt=False)
 
@@ -98,7 +101,8 @@ def _tokens(tokenizer: Any, name: str, turns: list[Message], *, add_generation_p
                 "give single prompts, or save a chat_template.jinja beside the tokenizer"
             )
         return list(tokenizer(turns[0]["content"])["input_ids"])
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    with one_line_for(f"prompt {name}", "cannot be rendered by the chat template", "correct either of them"):
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written the special ones
 
 

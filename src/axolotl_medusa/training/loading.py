@@ -15,17 +15,17 @@ from torch import nn
 
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.divided_parameters import fill, gathered, whole_shape
-from axolotl_medusa.model.file_names import HEADS_FOLDER
+from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE, HEADS_FOLDER
 from axolotl_medusa.model.heads import HEADS_NAME
 from axolotl_medusa.model.heads_directory import load_into, open_heads
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.sources import (
-    ADAPTER_CONFIG_FILE,
     NoHeadsError,
     Source,
     adapter_file,
     find_source,
     trained_model,
+    yaml_value,
 )
 from axolotl_medusa.model.tensor_files import TensorFiles
 
@@ -96,7 +96,7 @@ def _check_nothing_is_passed_over(cfg: DictDefault) -> None:
 
 def _check_earlier_adapter(source: Source, cfg: DictDefault) -> None:
     """Medusa-1 on top of an adapter: axolotl loads that adapter, if the YAML still names it."""
-    trained_on, found = source.meta.get("yaml", {}).get("lora_model_dir"), cfg.lora_model_dir
+    trained_on, found = yaml_value(source.meta, "lora_model_dir"), cfg.lora_model_dir
     if (trained_on or None) != (found or None):
         raise ValueError(
             f"the heads in {source.heads_dir} were trained with lora_model_dir: {trained_on or 'unset'}, the YAML has "

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_medusa.errors import first_line
-from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER
+from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, STATE_FILE
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.training.args import MedusaArgs
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf")
-_ADAPTER_FILE = "adapter_config.json"
-_STATE_FILE = "trainer_state.json"
 
 
 def named_path(name: object) -> Path:
@@ -82,11 +80,16 @@ def file_problems(args: MedusaArgs, cfg: Mapping[str, Any], bad: set[Any]) -> li
     if args.medusa_init_from is not None:
         problems += _init_from_problems(args, bad)
     try:
-        deepspeed_config(cfg)
+        zero = deepspeed_config(cfg).get("zero_optimization")
     except ValueError as error:
+        zero = None
         problems.append(f"deepspeed {error}")
-    problems += _directory_problems(cfg, "lora_model_dir", _ADAPTER_FILE)
-    problems += _directory_problems(cfg, "resume_from_checkpoint", _STATE_FILE)
+    if cfg.get("fix_untrained_tokens") and isinstance(zero, Mapping) and zero.get("stage") == 3:
+        problems.append(
+            "fix_untrained_tokens with ZeRO-3: axolotl saves the model on one rank then, which has a part of the weights; remove one"
+        )
+    problems += _directory_problems(cfg, "lora_model_dir", ADAPTER_CONFIG_FILE)
+    problems += _directory_problems(cfg, "resume_from_checkpoint", STATE_FILE)
     return problems + _chat_template_problems(cfg)
 
 

@@ -31,7 +31,7 @@ A batch's way from the YAML to an optimizer step (modules are those of this fold
    - metrics: sums that `MedusaTrainer.log` averages over a logging interval
 8. The backward hands those gradients on: to the output layers, through the heads' residual blocks, into the backbone.
 9. The optimizer steps after the last micro-batch. It is axolotl's; `MedusaTrainer.create_optimizer` gives the heads
-   groups of their own, whose learning rate is `medusa_lr_multiplier` times the backbone's.
+   groups of their own where their learning rate, `medusa_lr_multiplier` times the backbone's, is another.
 10. Checkpoints and the end: `saving.HeadsSaver` writes the heads into `medusa_heads`.
 
 Where the two recipes part:
@@ -101,7 +101,6 @@ class Objective:
             `kl_coefficient` the teacher is the model itself.
         logging: Whether accuracies are computed and the acceptance length.
         logging_topk: Accuracies top 1 to k.
-        recompute: See `losses.chunked.chunked_loss`.
     """
 
     only_heads: bool = False
@@ -112,7 +111,6 @@ class Objective:
     head_loss: Literal["ce", "kl"] = "ce"
     logging: bool = True
     logging_topk: int = 5
-    recompute: bool | None = None
 
 
 @dataclass
@@ -250,7 +248,7 @@ class _MicroBatch:
         ]
         if not objective.only_heads:
             predictions.append(self._base_prediction(hidden, targets, 1.0 / counts[0]))
-        loss, sums = chunked_loss(predictions, self._teacher(hidden, rows), recompute=objective.recompute)
+        loss, sums = chunked_loss(predictions, self._teacher(hidden, rows))
         metrics = self._watched_base(hidden, targets) if objective.only_heads else self._base_metrics(sums.pop(), rows)
         metrics += self._head_metrics(sums, counted, rows)
         stacked = torch.stack([torch.stack([part.double() for part in metric]) for metric in metrics])

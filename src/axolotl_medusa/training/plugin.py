@@ -157,7 +157,7 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
             )
         try:
             trainer.setup_medusa(cfg)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise stop(str(error)) from None
         return []
 

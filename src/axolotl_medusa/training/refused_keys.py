@@ -43,6 +43,7 @@ REFUSED_PLUGINS = {
 REFUSED_WITH_A_FROZEN_BACKBONE = {
     "neftune_noise_alpha": "a frozen backbone answers as it does when it is served, and the noise would do nothing",
     "unfrozen_parameters": "the backbone is frozen, and it would do nothing",
+    "fix_untrained_tokens": "it changes the model's embeddings, and Medusa-1 writes no model: the heads would fit none on disk",
     "lisa_step_interval": "it trains some layers of the backbone in turn, and the backbone is frozen",
 }
 """Keys that are refused with `medusa_only_heads: true`."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from axolotl_medusa.model.anatomy import frozen_output_embedding, output_embedding
 from axolotl_medusa.model.checkpoints import checkpoints
 from axolotl_medusa.model.divided_parameters import is_divided
-from axolotl_medusa.model.file_names import HEADS_FOLDER
+from axolotl_medusa.model.file_names import HEADS_FOLDER, STATE_FILE
 from axolotl_medusa.model.heads import attached_heads
 from axolotl_medusa.model.heads_directory import (
     HeadsFile,
@@ -37,7 +37,7 @@ LOG = get_logger(__name__)
 
 
 class HeadsSaver:
-    """Saves heads beside the backbone wherever the model is saved: checkpoints, the end of training, an interruption.
+    """Saves heads beside the model wherever it is saved: checkpoints, the end of training, an interruption.
 
     Axolotl calls the model's own `save_pretrained` directly at the end and on SIGINT, without a hook; so the instance's
     method is replaced, here and nowhere else.
@@ -89,7 +89,7 @@ class HeadsSaver:
     def save(
         self, save_directory: str | Path, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """Writes the backbone without heads (Medusa-2 only) and the heads into `medusa_heads`.
+        """Writes the model without heads (Medusa-2 only) and the heads into `medusa_heads`.
 
         Raises:
             SystemExit: The weights are divided among ranks and only this one came here, as at Ctrl-C: gathering them would
@@ -112,7 +112,7 @@ class HeadsSaver:
         LOG.info(f"Medusa heads saved to {directory}")
 
     def _nothing_saved(self, save_directory: str | Path) -> str:
-        whole = checkpoints(Path(self.cfg.output_dir), "trainer_state.json")  # the file that is written last
+        whole = checkpoints(Path(self.cfg.output_dir), STATE_FILE)  # the file that is written last
         resume = (
             f"resume_from_checkpoint: {whole[-1]} goes on from there"
             if whole

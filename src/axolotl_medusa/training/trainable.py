@@ -5,8 +5,6 @@ Contract: knows the model, its heads and the YAML; changes nothing but `requires
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from axolotl.utils.dict import DictDefault
 from torch import nn
@@ -38,15 +36,21 @@ def set_trainable(model: nn.Module, cfg: DictDefault) -> None:
     attached_heads(model).requires_grad_(True)
 
 
-def _final_norms(layers: nn.ModuleList, parent: nn.Module) -> Iterator[nn.Module]:
-    """What stands beside the layers and has only vectors, but for the norm of embeddings (Bloom's, Bart's)."""
+def _final_norms(layers: nn.ModuleList, parent: nn.Module) -> list[nn.Module]:
+    """The first module after the layers that has only vectors, else (OPT) those before them; never the norm of embeddings.
+
+    Others that follow belong to inputs of the layers, as Gemma-3n's `per_layer_projection_norm`.
+    """
     is_after_layers = False
+    before: list[nn.Module] = []
+    after: list[nn.Module] = []
     for name, child in parent.named_children():
         is_after_layers |= child is layers
         is_of_embeddings = name == "layernorm_embedding" or ("emb" in name and not is_after_layers)
         parameters = list(child.parameters())
         if child is not layers and parameters and not is_of_embeddings and all(p.dim() == 1 for p in parameters):
-            yield child
+            (after if is_after_layers else before).append(child)
+    return after[:1] or before
 
 
 def check_trainable(model: nn.Module, cfg: DictDefault) -> dict[str, int]:

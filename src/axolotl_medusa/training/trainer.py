@@ -103,8 +103,6 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         self.medusa_cfg = cfg
         self.medusa_objective = objective_of(cfg)
         self.medusa_num_heads = attached_heads(self.model).num_heads
-        for name in ("train_dataset", "eval_dataset"):
-            setattr(self, name, token_columns_only(getattr(self, name)))
         # The objective divides by the counts of the whole step, over all ranks; the Trainer multiplies by their number.
         self.model_accepts_loss_kwargs = self.args.average_tokens_across_devices = True
         self._medusa_names = metric_names(self.medusa_num_heads, self.medusa_objective)
@@ -258,6 +256,10 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
             raise stop(str(error)) from None
         self._is_loaded = True
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Every data set passes here, also one that is handed to `evaluate`."""
+        return super()._get_dataloader(token_columns_only(dataset), *args, **kwargs)
+
     def _create_multipack_sampler(self, base_sampler: Sampler[int], dataset: Any) -> Any:
         if isinstance(base_sampler, RandomSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -291,12 +293,12 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the backbone (Medusa-2 only) and the heads; every rank must call it, and one of them writes."""
+        """Saves the model (Medusa-2 only) and the heads; every rank must call it, and one of them writes."""
         with self._saver.collecting(writes=self.args.should_save):
             if not self.medusa_cfg.medusa_only_heads:
                 super().save_model(output_dir, _internal_call)
                 return
-            if self.args.should_save:  # without gathering a backbone that is not written
+            if self.args.should_save:  # without gathering a model that is not written
                 self._save(output_dir or self.args.output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -314,13 +316,19 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         if self._engine_keeps_heads or not self.medusa_cfg.medusa_only_heads:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self._engine_keeps_heads:
-            load_heads(self.model, resume_from_checkpoint)
+            self._load_heads(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self._engine_keeps_heads or not self.medusa_cfg.medusa_only_heads:
             super()._load_best_model()
         if not self._engine_keeps_heads:
-            load_heads(self.model, self.state.best_model_checkpoint)
+            self._load_heads(self.state.best_model_checkpoint)
+
+    def _load_heads(self, checkpoint: str) -> None:
+        try:
+            load_heads(self.model, checkpoint)
+        except ValueError as error:
+            raise stop(str(error)) from None
 
     @property
     def _engine_keeps_heads(self) -> bool:
