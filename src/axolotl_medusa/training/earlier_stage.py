@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from axolotl_medusa.model.file_names import HEADS_FILE, HEADS_FOLDER, META_FILE
+from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE
 from axolotl_medusa.model.json_files import read_json
-from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE, trained_model
+from axolotl_medusa.model.sources import trained_model
 from axolotl_medusa.training.named_files import is_file, named_path
 
 _HEADS_OF_THE_FORK = "medusa_head"

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, output_embedding
+from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE
 from axolotl_medusa.model.json_files import read_json
-from axolotl_medusa.model.sources import ADAPTER_CONFIG_FILE
 from axolotl_medusa.training.named_files import is_file, named_path
 
 _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_layer")
