@@ -23,9 +23,18 @@ def test_adapter_parts_tied_embeddings_where_it_changes_one_of_them(family, targ
     assert parts_tied_embeddings(model) is (family != "llama" and targets != "attention")
 
 
-def test_adapter_with_a_copy_of_lm_head_parts_tied_embeddings_too():
-    saved = add_lora(make_model("llama-tied"), targets=["q_proj"], modules_to_save=["lm_head"])
-    assert parts_tied_embeddings(saved)
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"modules_to_save": ["lm_head"]}, True),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, True),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
+        ({"trainable_token_indices": [3, 4]}, False),
+        ({}, False),
+    ],
+)
+def test_adapter_with_copies_of_embeddings_parts_them_unless_peft_ties_them(options, parts):
+    assert parts_tied_embeddings(add_lora(make_model("llama-tied"), targets=["q_proj"], **options)) is parts
 
 
 @pytest.fixture
