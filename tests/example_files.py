@@ -50,6 +50,64 @@ SELF_DISTILLATION = {
 }
 """The three recipes of the Medusa paper as its first public trainer shipped them, and their LoRA."""
 
+_FORK_LORA = {
+    "lora_r": 32,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["gate_proj", "down_proj", "up_proj", "q_proj", "v_proj", "k_proj", "o_proj", "lm_head"],
+    "lora_modules_to_save": None,
+    "save_total_limit": 1,
+}
+_FORK_QLORA = {**_FORK_LORA, "adapter": "qlora", "load_in_4bit": True}
+_FORK_SELF_DISTILLATION = {
+    **_FORK_LORA,
+    "adapter": "lora",
+    "sequence_len": 2048,
+    "learning_rate": 0.0001,
+    "warmup_steps": 20,
+    "debug": True,
+    "medusa_heads_coefficient": 0.01,
+    "medusa_scheduler": "sine",
+    "medusa_only_heads": None,
+    "medusa_self_distillation": True,
+}
+_STAGE_1 = {"ddp_find_unused_parameters": True, "save_total_limit": 1}
+FORK: dict[str, dict[str, Any]] = {
+    "vicuna_7b_stage1": {**_STAGE_1, "wandb_project": "medusa_test", "output_dir": "./vicuna_7b_stage1"},
+    "vicuna_7b_qlora_stage1": {**_STAGE_1, **_FORK_QLORA, "output_dir": "./vicuna_7b_qlora_stage1"},
+    "vicuna_7b_qlora_stage2": {
+        **_FORK_QLORA,
+        "output_dir": "./vicuna_7b_qlora_stage2",
+        "lora_model_dir": "./vicuna_7b_qlora_stage1",
+        "medusa_only_heads": None,
+    },
+    "vicuna_13b_qlora_stage2": {
+        **_FORK_QLORA,
+        "base_model": "lmsys/vicuna-13b-v1.5",
+        "output_dir": "./vicuna_13b_qlora_stage2",
+        "lora_model_dir": "./vicuna_13b_qlora_stage1",
+        "medusa_only_heads": None,
+    },
+    "vicuna_33b_together": {
+        **_FORK_SELF_DISTILLATION,
+        "base_model": "lmsys/vicuna-33b-v1.3",
+        "output_dir": "./vicuna_33b",
+        "gradient_accumulation_steps": 16,
+        "micro_batch_size": 1,
+    },
+    "zephyr_together": {
+        **_FORK_SELF_DISTILLATION,
+        "base_model": "HuggingFaceH4/zephyr-7b-beta",
+        "model_type": "MistralForCausalLM",
+        "is_llama_derived_model": None,
+        "is_mistral_derived_model": True,
+        "output_dir": "./zephyr",
+        "datasets": [{"path": "zephyr_self_distill.jsonl", "type": "sharegpt", "conversation": "zephyr"}],
+    },
+}
+"""What each recipe of the first fork writes beside `old_fork_vicuna.yml`; a key without a value is blank there. Its other
+YAMLs for 13 billion parameters differ from those for 7 in names alone."""
+
 
 def text_of(name: str) -> str:
     return (FOLDER / f"{name}.yml").read_text(encoding="utf-8")
@@ -88,6 +146,11 @@ def known_keys() -> set[str]:
 
 def old_yaml() -> dict[str, Any]:
     return yaml.safe_load(OLD_FORK.read_text(encoding="utf-8"))
+
+
+def fork_yaml(name: str) -> dict[str, Any]:
+    """A recipe of the first fork, key by key."""
+    return {**old_yaml(), **FORK[name]}
 
 
 def with_hints_applied(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -99,9 +99,6 @@ def make_yaml(tmp_path, tiny_base, chats) -> Callable[..., Path]:
             "tf32": False,
             "dataset_num_proc": 1,
             "dataloader_num_workers": 0,
-            "lora_mlp_kernel": False,
-            "lora_qkv_kernel": False,
-            "lora_o_kernel": False,
             "seed": 7,
         }
         cfg |= changes

@@ -34,6 +34,7 @@ DEFAULTS = {
     "medusa_head_loss": "ce",
     "medusa_hidden_cache": None,
     "medusa_hidden_cache_limit_gb": 100.0,
+    "medusa_skip_bad_rows": False,
 }
 
 

@@ -116,17 +116,22 @@ class MedusaHeads(nn.ModuleList):
                 layer.weight.copy_(weight)
 
 
-def attach_heads(model: nn.Module, heads: MedusaHeads) -> None:
+def attach_heads(model: nn.Module, heads: MedusaHeads, *, probe: bool = True) -> None:
     """Attaches `heads` to the causal LM inside `model` as the submodule `medusa_heads`.
 
     Call it after adapters are added: earlier, `lora_target_linear` would take the heads for LoRA targets.
 
+    Args:
+        model: The model, possibly wrapped by peft.
+        heads: What to attach.
+        probe: Whether to check the model's logits now; where it cannot run yet, call `anatomy.probe_logits` later.
+
     Raises:
-        ValueError: Sizes of heads and model differ, or the model's logits are not a known function of lm_head's output.
+        ValueError: The model's logits are not a known function of lm_head's output.
     """
-    lm = causal_lm(model)
-    probe_logits(model)
-    lm.add_module(HEADS_NAME, heads)
+    if probe:
+        probe_logits(model)
+    causal_lm(model).add_module(HEADS_NAME, heads)
 
 
 def attached_heads(model: nn.Module) -> MedusaHeads:

@@ -111,7 +111,7 @@ def _is_canonical(directory: Path) -> bool:
     except ValueError:
         return False
     return (
-        "imported" in meta  # what training wrote is written over by no import
+        bool({"recipe", "imported"} & meta.keys())
         and "export" not in meta
         and config.get("model_type", "medusa") == "medusa"
     )

@@ -136,6 +136,12 @@ class MedusaArgs(BaseModel):
         "of a 1 TB disk.",
     )
 
+    medusa_skip_bad_rows: bool = Field(
+        default=False,
+        description="Leave out conversations that the chat template cannot render, and count them. Default false, ours: the run stops "
+        "before anything is loaded and names them.",
+    )
+
     @field_validator(
         "medusa_num_heads",
         "medusa_num_layers",

@@ -45,8 +45,8 @@ def dataset_problems(cfg: Mapping[str, Any]) -> list[str]:
     for entry in itertools.chain.from_iterable(named):
         if not isinstance(entry, Mapping):
             continue  # axolotl refuses it
-        path = named_path(entry.get("path") or "")
-        if not is_file(path) or path.suffix not in _JSON_SUFFIXES:
+        path = local_json_file(entry)
+        if path is None:
             continue
         kind = entry.get("type") or ""
         if kind == "chat_template" and _trains_by_other_rules(cfg, entry):
@@ -60,6 +60,29 @@ def dataset_problems(cfg: Mapping[str, Any]) -> list[str]:
         if problem:
             problems.append(f"datasets path {path}: {problem}")
     return problems
+
+
+def local_json_file(entry: Mapping[str, Any]) -> Path | None:
+    """The JSON or JSONL file on this disk that an entry under `datasets` names, None where it names anything else."""
+    path = named_path(entry.get("path") or "")
+    return path if path.suffix in _JSON_SUFFIXES and is_file(path) else None
+
+
+def rows_of(path: Path) -> Iterator[Any]:
+    """The rows of a JSON or JSONL file, one held at a time.
+
+    Raises:
+        ValueError: It is damaged, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            yield from _rows(path, file)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"{path} cannot be read ({error.strerror}): expected a file of JSON rows")
 
 
 def _trains_by_other_rules(cfg: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
@@ -76,7 +99,7 @@ def _count_bad_rows(path: Path, is_good: Callable[[Any], bool], wanted: str) -> 
                 if is_good(row) or file.tell() > _LONGEST_LOOK:
                     return None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): expected a file of JSON rows") from None
+        raise _unreadable(path, error) from None
     return (
         f"none of its {count} rows has {wanted}; expected at least one (are field_messages and roles_to_train right?)"
     )

@@ -158,7 +158,8 @@ def _directory_problems(cfg: Mapping[str, Any], key: str, file: str) -> list[str
         return []  # on the hub, or axolotl's to look for
     path = named_path(name) / file
     if not is_file(path):
-        return [f"{key} {name} has no {file}: expected a directory that training wrote"]
+        more = " as an adapter; a full model is named as base_model" if file == ADAPTER_CONFIG_FILE else ""
+        return [f"{key} {name} has no {file}: expected a directory that training wrote{more}"]
     try:
         read_json(path)
     except ValueError as error:

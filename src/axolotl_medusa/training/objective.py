@@ -8,10 +8,11 @@ A batch's way from the YAML to an optimizer step (modules are those of this fold
 1. The YAML. `args.MedusaArgs` has every `medusa_*` key with its default and bounds. `plugin.MedusaPlugin.register` stops
    with all contradictions that `yaml_problems.config_problems` finds, before anything is loaded.
 2. The data. axolotl masks, tokenises and packs it. `MedusaPlugin.load_datasets` only stops at files without an answer to
-   learn from (`datasets.dataset_problems`). axolotl's collator makes the batches: `input_ids`, `labels` that are -100
-   where nothing is learnt, and `position_ids` that start again at each packed sample.
+   learn from and at rows that the chat template cannot render. axolotl's collator makes the batches: `input_ids`, `labels`
+   that are -100 where nothing is learnt, and `position_ids` that start again at each packed sample.
 3. The model. axolotl loads it and puts adapters around it. Then `MedusaPlugin.post_lora_load` calls `plugin.attach`:
    it makes the heads (`model.heads.MedusaHeads`), attaches them to the causal LM, and calls `install_objective` below.
+   A later hook of the plugin checks the logits: here LoRA's kernels are not yet bound to the layers.
 4. The trainer. `trainer.MedusaTrainer.setup_medusa` chooses what trains (`trainable.set_trainable`).
 5. An optimizer step begins in `MedusaTrainer.get_batch_samples`. It takes the step's micro-batches and counts the targets of
    the base model and of each head over all of them and over all ranks (`losses.targets.target_counts`). Losses are
