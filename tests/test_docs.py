@@ -124,3 +124,9 @@ def test_data_generation_readme_names_every_module():
     page = text_of("data_generation/README.md")
     modules = {file.name for file in (ROOT / "data_generation").rglob("*.py")} - {"__init__.py"}
     assert {name for name in modules if f" {name} " not in page} == set()
+
+
+@pytest.mark.parametrize("test", re.findall(r"`(tests/[^`]+)`", text_of("docs/field.md")))
+def test_tests_that_the_page_of_reports_names_exist(test):
+    file, _, name = test.partition("::")
+    assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8") if name else (ROOT / file).is_file()
