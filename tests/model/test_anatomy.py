@@ -138,3 +138,16 @@ def test_recompute_layers_of_layers_that_cannot_be_recomputed_alone_is_an_error(
         ValueError, match="LlamaDecoderLayer cannot be recomputed by itself: set gradient_checkpointing: true"
     ):
         recompute_layers(model, 1)
+
+
+def test_probe_logits_leaves_the_type_that_4_bit_layers_compute_in():
+    """Their first forward decides it for good: a probe under autocast would leave a run in fp32 with layers in bf16."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = make_model(hidden_size=64, intermediate_size=128, head_dim=16).eval()
+    for layer in model.model.layers:
+        own = layer.self_attn.o_proj
+        four_bits = bitsandbytes.nn.Linear4bit(own.in_features, own.out_features, bias=False)
+        four_bits.weight = bitsandbytes.nn.Params4bit(own.weight.data, requires_grad=False)
+        layer.self_attn.o_proj = four_bits.to("cpu")
+    probe_logits(model)
+    assert {layer.self_attn.o_proj.compute_dtype for layer in model.model.layers} == {torch.float32}

@@ -157,7 +157,9 @@ def probe_logits(model: nn.Module) -> None:
     device = lm.get_input_embeddings().weight.device
     vocab_size = embedding_shape(layer)[0]
     input_ids = torch.arange(1, 1 + _PROBE_TOKENS, device=device)[None] % vocab_size
-    dtypes = {parameter.dtype for parameter in lm.parameters()}
+    dtypes = {
+        parameter.dtype for parameter in lm.parameters() if parameter.is_floating_point()
+    }  # 4-bit weights are bytes
     half = torch.float16 if torch.float16 in dtypes else torch.bfloat16  # axolotl mixes half layers and fp32 embeddings
     training = lm.training
     lm.eval()
