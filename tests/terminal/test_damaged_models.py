@@ -76,7 +76,7 @@ def without_a_merges_token(file: Path) -> None:
 
 MODEL, ADAPTER, TOKENIZER = "causal language model: ", "no adapter that can be loaded on ", "no tokenizer that can be "
 DAMAGE = {
-    "adapter cut off": ("run/adapter_model.safetensors", without_its_end, ADAPTER),
+    "adapter cut off": ("run/adapter_model.safetensors", without_its_end, "is not a whole s"),
     "adapter's rank is a text": ("run/adapter_config.json", keys(r="x"), ADAPTER),
     "adapter of another rank": ("run/adapter_config.json", keys(r=3), ADAPTER),
     "adapter's modules are a number": ("run/adapter_config.json", keys(target_modules=3), ADAPTER),
@@ -116,7 +116,9 @@ def test_damaged_file_is_one_line_that_names_its_directory(name, model, capsys):
 @pytest.mark.parametrize("command", ["chat", "demo", "evaluate", "tree"])
 def test_every_command_that_decodes_says_so(command, model, capsys):
     without_its_end(model / "run/adapter_model.safetensors")
-    assert error_of(capsys, command, model).startswith(f"{model / 'run'} is no adapter that can be loaded")
+    assert error_of(capsys, command, model).startswith(
+        f"{model / 'run' / 'adapter_model.safetensors'} is not a whole s"
+    )
 
 
 def test_damaged_original_is_one_line(model, capsys):

@@ -54,7 +54,7 @@ def reason_against_kernels(cfg: Any) -> str | None:
     has_own_way = hasattr(attention, "_original_forward") or attention.__name__.startswith("Gemma4")
     if not is_known and not has_own_way:
         return f"{attention.__name__} is not written as they expect"
-    config = AutoConfig.from_pretrained(cfg.base_model).get_text_config()
+    config = AutoConfig.from_pretrained(cfg.base_model, trust_remote_code=bool(cfg.trust_remote_code)).get_text_config()
     names = ("hidden_act", "hidden_activation", "mlp_hidden_act")
     activation = next((str(value) for name in names if (value := getattr(config, name, None))), "none")
     is_supported = "gelu" in activation or activation in of_axolotl.SUPPORTED_ACTIVATIONS

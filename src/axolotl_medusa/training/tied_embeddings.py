@@ -44,7 +44,12 @@ def merge_would_part(cfg: Mapping[str, Any]) -> bool:
     file = named_path(cfg.get("lora_model_dir") or cfg.get("output_dir") or "") / ADAPTER_CONFIG_FILE
     try:
         adapter = read_json(file) if is_file(file) else {}
-        is_tied = bool(adapter) and AutoConfig.from_pretrained(cfg["base_model"]).get_text_config().tie_word_embeddings
+        is_tied = (
+            bool(adapter)
+            and AutoConfig.from_pretrained(cfg["base_model"], trust_remote_code=bool(cfg.get("trust_remote_code")))
+            .get_text_config()
+            .tie_word_embeddings
+        )
     except (OSError, ValueError, KeyError):
         return False  # axolotl says what is wrong with them
     lists = [adapter.get(key) for key in ("target_modules", "modules_to_save")]
