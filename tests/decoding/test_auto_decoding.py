@@ -79,7 +79,7 @@ def test_heads_are_asked_seldom_and_about_many_positions_at_once():
     medusa.base_model.config.max_position_embeddings = 1000
     machine = Machine(medusa, lambda nodes: 2.5)
     medusa.generate(torch.tensor([[3]]), None, 500, tree="auto")
-    assert machine.counts == 5  # after 16, 32, 64, 128 and 256 tokens more
+    assert machine.counts == 3  # after 16, 64 and 256 tokens more
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -189,7 +189,7 @@ class TreeChooser:
         self._since_count = 0
         # The less there is to gain, the less is spent to see it again.
         pays = any(self._gain(tree) > 0 for tree in self.trees)
-        self._between_counts = POSITIONS if pays else 2 * self._between_counts
+        self._between_counts = POSITIONS if pays else 4 * self._between_counts
 
     def timed(self, tree: Tree, seconds: float) -> None:
         """A step with this tree took so long. The first one of a tree is no measure: it makes what later ones use again."""
