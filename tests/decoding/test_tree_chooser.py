@@ -101,7 +101,14 @@ def test_plain_is_kept_where_no_tree_pays(warmed):
     chooser = world.warmed(TREES) if warmed else TreeChooser(TREES)
     assert world.answer(chooser, 300) <= WORST
     assert sum(count for tree, count in world.used.items() if tree != PLAIN) <= 2
-    assert chooser.reason().startswith("plain decoding: no tree would gain 5%; the best, ")
+    why = "no tree would gain 5%" if warmed else "trying a tree would have cost too much"
+    assert chooser.reason().startswith(f"plain decoding: {why}; the best, ")
+
+
+def test_good_heads_are_tried_in_a_short_answer_though_asking_them_took_half_of_what_may_be_lost():
+    """Trees that pay were never tried where the account covered no step without an accepted draft token."""
+    world = World(lambda nodes: 1.8, heads(1.0), count=0.7)
+    assert world.answer(TreeChooser(TREES), 96) < 0.7
 
 
 def test_largest_tree_is_taken_where_nodes_cost_little_and_low_ranks_are_right():

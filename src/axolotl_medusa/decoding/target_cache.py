@@ -149,8 +149,9 @@ class TargetCache:
         if self._window is not None:
             self._dropped = max(self._dropped, min(self._ends) - self._window + 1)
         for number, layer in enumerate(self.cache.layers):
-            kept = slice(self._first_column(number) - before[number], self.width - before[number])
-            layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+            first, end = self._first_column(number) - before[number], self.width - before[number]
+            if first or layer.keys.shape[2] > end:  # a plain step leaves nothing to take away
+                layer.keys, layer.values = layer.keys[:, :, first:end], layer.values[:, :, first:end]
 
     def _first_column(self, number: int) -> int:
         """The first column that a layer still has."""

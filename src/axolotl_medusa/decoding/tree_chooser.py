@@ -4,7 +4,8 @@ Contract: pure Python, no model and no clock; seconds and ranks come in, a tree 
 things on the way. What trees would accept: the heads are asked, now and then and for many positions at once, about tokens
 that are known already. What a step of a tree costs: by taking one. Whatever may be lost by that is paid from a small account,
 `ALLOWED` of the time that plain decoding would have taken, and what trees gain is paid in. A tree is taken if it is expected
-to be faster than plain decoding and the account covers its step even if no draft token is accepted.
+to be faster than plain decoding and the account covers its step even if no draft token is accepted. The very first step of a
+tree, taken to see what trees cost here, may count on the tokens that it is likely to bring.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ class TreeChooser:
         best, most = PLAIN, 0.0
         for tree in self.trees:
             gain = self._gain(tree)
-            if gain > most and self._is_covered((self._ratio_at_most(tree) - 1) * self._plain_s):
+            extra = self._ratio_at_most(tree) - self._sure_tokens(tree)
+            if gain > most and self._is_covered(extra * self._plain_s):
                 best, most = tree, gain
         self._last = best
         return best
@@ -214,7 +216,9 @@ class TreeChooser:
         if not known:
             return "plain decoding: too little text to see what a tree would gain"
         best = max(known, key=lambda tree: self._lengths[tree].mean / self._ratio_at_least(tree))
-        return f"plain decoding: no tree would gain {MIN_GAIN:.0%}; the best, {_name(best)}: {self._figures(best)}"
+        promises = self._lengths[best].mean / self._ratio_at_least(best) >= 1 + MIN_GAIN
+        why = "trying a tree would have cost too much" if promises else f"no tree would gain {MIN_GAIN:.0%}"
+        return f"plain decoding: {why}; the best, {_name(best)}: {self._figures(best)}"
 
     def _figures(self, tree: Tree) -> str:
         ratio = self._ratio_at_least(tree)
@@ -233,6 +237,10 @@ class TreeChooser:
         length, least = (lengths.mean, KEPT_GAIN) if tree == self._last else (lengths.lower, MIN_GAIN)
         gain = length / self._ratio_at_least(tree) - 1
         return gain if gain >= least else 0.0
+
+    def _sure_tokens(self, tree: Tree) -> float:
+        """Tokens that a step is reckoned to bring when its loss is to be covered; the very first of all may count on drafts."""
+        return 1.0 if self._ratios else self._lengths[tree].lower
 
     def _is_covered(self, extra_s: float) -> bool:
         """Whether the account covers that much more time."""
