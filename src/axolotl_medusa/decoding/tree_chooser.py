@@ -140,8 +140,7 @@ class TreeChooser:
         best, most = PLAIN, 0.0
         for tree in self.trees:
             gain = self._gain(tree)
-            extra = self._ratio_at_most(tree) - self._sure_tokens(tree)
-            if gain > most and self._is_covered(extra * self._plain_s):
+            if gain > most and self._is_covered((self._ratio_at_most(tree) - self._sure_tokens(tree)) * self._plain_s):
                 best, most = tree, gain
         self._last = best
         return best
