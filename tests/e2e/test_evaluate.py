@@ -31,10 +31,15 @@ def by_command(output_dir: Path) -> dict[str, float]:
     return {name: float(value) for name, _, value in rows if value}
 
 
-def assert_same_model(output_dir: Path) -> None:
+FOUR_BIT_RTOL = 5e-3
+"""bitsandbytes multiplies 4-bit weights on CPUs in several ways; relative differences of 5e-4 were seen. Another model, such as
+the untrained one, has several times this loss."""
+
+
+def assert_same_model(output_dir: Path, rtol: float = 1e-4) -> None:
     expected, found = in_training(output_dir), by_command(output_dir)
     for name in ("loss", "base_loss", "medusa0_loss", "medusa2_loss", "medusa_acceptance_length"):
-        assert found[name] == pytest.approx(expected[f"eval_{name}"], rel=1e-4), name
+        assert found[name] == pytest.approx(expected[f"eval_{name}"], rel=rtol), name
 
 
 @pytest.fixture
@@ -58,7 +63,7 @@ def test_evaluate_measures_the_model_of_the_last_evaluation_in_training(make_yam
     config = make_yaml(**EVALUATED, **recipe)
     axolotl("train", config)
     result = axolotl("evaluate", config)
-    assert_same_model(tmp_path / "out")
+    assert_same_model(tmp_path / "out", FOUR_BIT_RTOL if "load_in_4bit" in recipe else 1e-4)
     assert f"Medusa heads loaded from {tmp_path / 'out'}; evaluating all that it holds: heads" in result.output
 
 

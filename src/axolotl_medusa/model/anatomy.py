@@ -174,3 +174,15 @@ def probe_logits(model: nn.Module) -> None:
             f"the logits of {type(lm).__name__} are not lm_head of its last hidden state (they differ by {difference:.3g}): "
             "the model transforms them in a way that is not known here; Medusa heads would be trained on the wrong values"
         )
+
+
+def stored_text_config(name: str) -> Any:
+    """The configuration of a model's text part, read from its directory or the Hub; the model's own code is not run.
+
+    Raises:
+        OSError: It is not there.
+        ValueError: It is damaged, or only the model's own code can read it.
+    """
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()

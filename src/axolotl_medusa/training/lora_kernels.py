@@ -11,6 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from axolotl_medusa.errors import first_line
+from axolotl_medusa.model.anatomy import stored_text_config
 
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 _ONLY_CUDA = "lora_mlp_kernel"
@@ -43,7 +44,6 @@ def reason_against_kernels(cfg: Any) -> str | None:
     """
     from axolotl.monkeypatch import lora_kernels as of_axolotl
     from axolotl.monkeypatch.utils import detab_code
-    from transformers import AutoConfig
 
     try:
         attention = of_axolotl.get_attention_cls_from_config(cfg)
@@ -54,7 +54,10 @@ def reason_against_kernels(cfg: Any) -> str | None:
     has_own_way = hasattr(attention, "_original_forward") or attention.__name__.startswith("Gemma4")
     if not is_known and not has_own_way:
         return f"{attention.__name__} is not written as they expect"
-    config = AutoConfig.from_pretrained(cfg.base_model, trust_remote_code=bool(cfg.trust_remote_code)).get_text_config()
+    try:
+        config = stored_text_config(cfg.base_model)
+    except ValueError:  # only its own code reads it
+        return None
     names = ("hidden_act", "hidden_activation", "mlp_hidden_act")
     activation = next((str(value) for name in names if (value := getattr(config, name, None))), "none")
     is_supported = "gelu" in activation or activation in of_axolotl.SUPPORTED_ACTIVATIONS

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, output_embedding
+from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, output_embedding, stored_text_config
 from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.training.named_files import is_file, named_path
@@ -39,17 +39,10 @@ def merge_would_part(cfg: Mapping[str, Any]) -> bool:
     Args:
         cfg: The YAML before validation.
     """
-    from transformers import AutoConfig
-
     file = named_path(cfg.get("lora_model_dir") or cfg.get("output_dir") or "") / ADAPTER_CONFIG_FILE
     try:
         adapter = read_json(file) if is_file(file) else {}
-        is_tied = (
-            bool(adapter)
-            and AutoConfig.from_pretrained(cfg["base_model"], trust_remote_code=bool(cfg.get("trust_remote_code")))
-            .get_text_config()
-            .tie_word_embeddings
-        )
+        is_tied = bool(adapter) and stored_text_config(cfg["base_model"]).tie_word_embeddings
     except (OSError, ValueError, KeyError):
         return False  # axolotl says what is wrong with them
     lists = [adapter.get(key) for key in ("target_modules", "modules_to_save")]
