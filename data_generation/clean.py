@@ -16,7 +16,7 @@ from typing import Any
 from parts.command_line import flag, parse_flags, speaker
 from parts.conversation_repair import Repair
 from parts.conversation_rows import TRAINED, dump_row, format_turns
-from parts.file_command import check_paths, run_command, write_whole
+from parts.file_command import check_paths, run_command, write_whole, write_whole_with_failures
 from parts.input_turns import TEXT_KEYS, NoTextError, parse_turns
 from parts.json_lines import JsonLines, draft_path
 from parts.prompt_files import InputError, parse_id
@@ -157,16 +157,7 @@ def clean(settings: Settings) -> int:
     outputs = [settings.output_path, settings.failed_path, settings.report_path]
     check_paths([settings.data_path], outputs, settings.overwrite)
     cleaning = Cleaning(settings)
-    failures = cleaning.failures
-    failures.path.unlink(missing_ok=True)
-    try:
-        write_whole(settings.output_path, cleaning.lines())
-        settings.failed_path.unlink(missing_ok=True)
-        if failures.path.exists():
-            failures.path.replace(settings.failed_path)
-    finally:
-        failures.close()
-        failures.path.unlink(missing_ok=True)
+    write_whole_with_failures(settings.output_path, cleaning.lines(), cleaning.failures, settings.failed_path)
     write_whole(settings.report_path, [json.dumps(cleaning.report(), indent=2).encode() + b"\n"])
     print(cleaning.summary())
     for what, count in cleaning.repairs.most_common():

@@ -16,7 +16,7 @@ from typing import Any
 from parts.chat_template import ChatTemplate
 from parts.command_line import flag, parse_flags, speaker
 from parts.conversation_rows import dump_row, format_turns
-from parts.file_command import check_paths, run_command, write_whole
+from parts.file_command import check_paths, run_command, write_whole_with_failures
 from parts.json_lines import JsonLines, draft_path
 from parts.prompt_files import InputError, Turn, parse_id
 from parts.raw_rows import parse_record, read_records
@@ -153,16 +153,7 @@ def convert(settings: Settings) -> int:
     template = ChatTemplate.load(settings.tokenizer)
     template.split_turns("")  # shows a template that cannot be read before any file is touched
     conversion = Conversion(settings, template)
-    failures = conversion.failures
-    failures.path.unlink(missing_ok=True)
-    try:
-        write_whole(settings.output_path, conversion.lines())
-        settings.failed_path.unlink(missing_ok=True)
-        if failures.path.exists():
-            failures.path.replace(settings.failed_path)
-    finally:
-        failures.close()
-        failures.path.unlink(missing_ok=True)
+    write_whole_with_failures(settings.output_path, conversion.lines(), conversion.failures, settings.failed_path)
     print(conversion.counts.summary())
     if conversion.counts.unreadable:
         say(f"{conversion.counts.unreadable} rows could not be read; {settings.failed_path} says why")

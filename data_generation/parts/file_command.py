@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from parts.json_lines import draft_path, replace_file
+from parts.json_lines import JsonLines, draft_path, replace_file
 from parts.prompt_files import InputError
 
 
@@ -32,6 +32,26 @@ def write_whole(path: Path, lines: Iterable[bytes]) -> None:
         replace_file(path, lines)
     finally:
         draft_path(path).unlink(missing_ok=True)
+
+
+def write_whole_with_failures(path: Path, lines: Iterable[bytes], failures: JsonLines, failed_path: Path) -> None:
+    """Writes a file, and beside it what making its lines wrote into `failures`; after an error nothing is left of either.
+
+    Args:
+        path: The file to write.
+        lines: Its lines; making them may write into `failures`.
+        failures: A draft of the rows that could not be used.
+        failed_path: Where the draft goes if it has rows; without, an earlier file there is removed.
+    """
+    failures.path.unlink(missing_ok=True)
+    try:
+        write_whole(path, lines)
+        failed_path.unlink(missing_ok=True)
+        if failures.path.exists():
+            failures.path.replace(failed_path)
+    finally:
+        failures.close()
+        failures.path.unlink(missing_ok=True)
 
 
 def run_command(run: Callable[[], int], say: Callable[[str], None]) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import add_lora
+from decoding_commands import arguments
 from decoding_models import varied_model
 from example_tokenizers import make_tokenizer
 from exports import edit_json
@@ -42,15 +43,7 @@ def model(whole, tmp_path):
 
 
 def error_of(capsys, command, directory):
-    options = {
-        "generate": ["--prompt", "Hi"],
-        "chat": [],
-        "demo": ["--prompt", "Hi"],
-        "evaluate": ["--prompts", directory / "prompts.jsonl"],
-        "tree": ["--calibration", directory / "prompts.jsonl", "--out", directory / "tree.json"],
-    }[command]
-    arguments = [command, directory / "run", *options, "--max-new-tokens", 2]
-    assert main([*map(str, arguments)]) == 1
+    assert main(arguments(command, directory, 2)) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"axolotl-medusa {command}: error: ")
     return line.partition(": error: ")[2]
@@ -124,9 +117,9 @@ def test_every_command_that_decodes_says_so(command, model, capsys):
 def test_damaged_original_is_one_line(model, capsys):
     shutil.copytree(model / "base", model / "original")
     edit_json(model / "original" / "config.json", hidden_size="x")
-    arguments = ["evaluate", model / "run", "--prompts", model / "prompts.jsonl", "--original", model / "original"]
-    arguments += ["--held-out", model / "prompts.jsonl", "--max-new-tokens", 2]
-    assert main([*map(str, arguments)]) == 1
+    given = ["evaluate", model / "run", "--prompts", model / "prompts.jsonl", "--original", model / "original"]
+    given += ["--held-out", model / "prompts.jsonl", "--max-new-tokens", 2]
+    assert main([*map(str, given)]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"error: the original model {model / 'original'} cannot be loaded: " in line
 

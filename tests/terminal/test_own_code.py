@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from decoding_commands import arguments
 from decoding_models import varied_model
 from example_tokenizers import make_tokenizer
 from training_outputs import save_base, write_run
@@ -55,20 +56,9 @@ def own(tmp_path, monkeypatch):
     return tmp_path
 
 
-def arguments(command, directory):
-    options = {
-        "generate": ["--prompt", "Hi"],
-        "chat": [],
-        "demo": ["--prompt", "Hi"],
-        "evaluate": ["--prompts", directory / "prompts.jsonl"],
-        "tree": ["--calibration", directory / "prompts.jsonl", "--out", directory / "tree.json"],
-    }[command]
-    return [str(part) for part in (command, directory / "run", *options, "--max-new-tokens", 4)]
-
-
 @pytest.mark.parametrize("command", ["generate", "chat", "demo", "evaluate", "tree"])
 def test_code_of_a_model_is_not_run_and_the_line_says_how_it_would_be(command, own, capsys):
-    assert main(arguments(command, own)) == 1
+    assert main(arguments(command, own, 4)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
         f"axolotl-medusa {command}: error: {own / 'base'} brings code of its own, which is run only if you say so: read it, "
@@ -78,14 +68,14 @@ def test_code_of_a_model_is_not_run_and_the_line_says_how_it_would_be(command, o
 
 
 def test_code_of_a_model_is_run_where_the_user_says_so(own, capsys):
-    assert main([*arguments("generate", own), "--trust-remote-code", "--tree", "none"]) == 0
+    assert main([*arguments("generate", own, 4), "--trust-remote-code", "--tree", "none"]) == 0
     text = capsys.readouterr().out
     assert (own / "code-was-run").exists()
     assert (
         type(MedusaModel.from_pretrained(own / "run", trust_remote_code=True).base_model).__name__ == "OwnForCausalLM"
     )
     shutil.copyfile(own / "run" / "config.json", own / "base" / "config.json")
-    assert main([*arguments("generate", own), "--tree", "none"]) == 0
+    assert main([*arguments("generate", own, 4), "--tree", "none"]) == 0
     assert capsys.readouterr().out == text
 
 
