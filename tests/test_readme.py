@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.auto_tree import AGAIN, ALLOWED
 from benchmarks.train_step.roofline import PEAK_BF16
+
+from axolotl_medusa.decoding.tree_chooser import AUTO
 
 ROOT = Path(__file__).parents[1]
 README, RESULTS_PAGE, BENCHMARKS = (
@@ -96,6 +99,24 @@ def test_a_decoding_step_costs_no_more_than_it_may():
         assert all(size["step_to_allowed"] <= 1 for size in run["sizes"])
     worst = [f"{max(size['step_without_heads_to_plain'] for size in run['sizes']):.2f}" for run in runs]
     assert cells("a step without its heads, in such forwards, at most") == worst
+
+
+def test_chosen_trees_are_never_slower_than_allowed_and_their_figures_are_those_of_the_page():
+    untrained, overfitted = results("auto_tree")
+    labels = {
+        "`auto`, each prompt anew": AUTO,
+        "`auto`, one prompt after the other": AGAIN,
+        "`none`": "none",
+        "`chain`": "chain",
+        "`default`, 64 nodes": "default",
+    }
+    for label, tree in labels.items():
+        assert cells(label) == [f"{run['trees'][tree]['to_plain']:.3f}" for run in (untrained, overfitted)], label
+    for run in (untrained, overfitted):
+        assert run["model"]["dtype"] == "float32" and "8 prompts × 128 tokens" in RESULTS_PAGE
+        assert (run["prompts"], run["max_new_tokens"]) == (8, 128)
+        assert all(row["same_texts"] == run["prompts"] for row in run["trees"].values())
+        assert all(run["trees"][tree]["to_plain"] >= ALLOWED for tree in (AUTO, AGAIN))
 
 
 def ratio_of_memory(found: dict[str, Any]) -> float:

@@ -94,6 +94,8 @@ def accept_greedy(logits: Tensor, tokens: Tensor, tree: TreeTensors) -> Accepted
         tree: The tree.
     """
     best = logits.argmax(-1)
+    if not tree.tree.choices:
+        return Accepted(torch.zeros_like(best[:, 0]), best[:, 0])
     node = _deepest(tokens[:, 1:] == best[:, tree.parents[1:]], tree).argmax(-1)
     return Accepted(node, _at(best, node))
 

@@ -121,9 +121,13 @@ class Decoding:
             tree, tokens = self._tree, self._candidates()
             hidden = self.target.verify(tokens, tree)
         accepted = self._rule(self._model.logits(hidden), tokens, tree)
-        on_device = torch.cat([torch.stack(accepted), tokens[:, 1:].T])
-        nodes, own, *drafts = on_device.tolist()  # one transfer: the device is waited for once per step
-        self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), accepted.node]
+        if tree.tree.choices:
+            on_device = torch.cat([torch.stack(accepted), tokens[:, 1:].T])
+            nodes, own, *drafts = on_device.tolist()  # one transfer: the device is waited for once per step
+            self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), accepted.node]
+        else:  # plain decoding pays for nothing that only trees need
+            nodes, own, drafts = [0] * len(hidden), accepted.token.tolist(), []
+            self.hidden = hidden[:, 0]
         self._roots = accepted.token
         self.accepted = [tree.tree.choices[node - 1] if node else () for node in nodes]
         new = [

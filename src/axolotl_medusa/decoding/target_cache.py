@@ -51,7 +51,6 @@ class TargetCache:
     Attributes:
         cache: Transformers' own cache.
         start: First column of every row, `[B]`.
-        end: Column after the last of every row, `[B]`.
     """
 
     def __init__(
@@ -61,6 +60,10 @@ class TargetCache:
         self._config = causal_lm(model).config.get_text_config()
         self._dtype = causal_lm(model).dtype
         self._window = sliding_window(self._config)
+        # Asked for every layer of every step; a config of transformers takes microseconds to answer.
+        self._mixes = mixes_layer_types(self._config)
+        self._layer_types: list[str] | None = getattr(self._config, "layer_types", None)
+        self._positions: int | None = getattr(self._config, "max_position_embeddings", None)
         self._padding = attention_mask if not bool(attention_mask.all()) else None
         # Without a config, as it would else drop what a node of the tree still sees: `_end_columns` drops the rest.
         self.cache: Cache = DynamicCache()
@@ -71,8 +74,13 @@ class TargetCache:
             self.cache, self._columns = compiled.cache(rows, prompt + room)
             weakref.finalize(self, compiled.give_back, self.cache, rows, self._columns)
         self.start = attention_mask.shape[1] - attention_mask.sum(-1)
-        self.end = torch.full_like(self.start, attention_mask.shape[1])
-        self._ends: list[int] = self.end.tolist()
+        self._starts: list[int] = self.start.tolist()
+        self._ends = [attention_mask.shape[1]] * len(attention_mask)
+
+    @property
+    def end(self) -> Tensor:
+        """Column after the last of every row, `[B]`."""
+        return torch.tensor(self._ends, device=self.start.device)
 
     @property
     def width(self) -> int:
@@ -102,10 +110,13 @@ class TargetCache:
         Returns:
             The hidden states after the final norm at all nodes, `[B, n, H]`.
         """
-        positions = (self.end - self.start)[:, None] + tree.depths
-        limit = getattr(self._config, "max_position_embeddings", None)
-        if limit:  # nodes past a row's end are never accepted, but learned positions must exist for them
-            positions = positions.clamp(max=limit - 1)
+        texts = [end - start for start, end in zip(self._starts, self._ends, strict=True)]
+        positions = torch.tensor(texts, device=self.start.device)[:, None]
+        if tree.tree.choices:
+            positions = positions + tree.depths
+        if self._positions and max(texts) + tree.tree.depth >= self._positions:
+            # nodes past a row's end are never accepted, but learned positions must exist for them
+            positions = positions.clamp(max=self._positions - 1)
         return self._forward(self._compiled or self._own, tokens, self._masks(tree), positions)
 
     def keep(self, nodes: Sequence[int | None], tree: TreeTensors) -> None:
@@ -123,18 +134,17 @@ class TargetCache:
         target = [list(range(end, end + most)) for end in self._ends]
         self._ends = [end + len(path) for end, path in zip(self._ends, paths, strict=True)]
         if source != target:
-            moves = torch.tensor([source, target], device=self.end.device)
+            moves = torch.tensor([source, target], device=self.start.device)
             for number, layer in enumerate(self.cache.layers):
                 for states in (layer.keys, layer.values):
                     _move_columns(states, *(moves - self._first_column(number)).to(states.device))
         self._end_columns()
-        self.end = torch.tensor(self._ends, device=self.end.device)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Drops all rows but `rows`, and the columns that only those had."""
-        kept = torch.tensor(rows, device=self.end.device)
-        self._ends = [self._ends[row] for row in rows]
-        self.start, self.end = self.start[kept], self.end[kept]
+        kept = torch.tensor(rows, device=self.start.device)
+        self._starts, self._ends = [self._starts[row] for row in rows], [self._ends[row] for row in rows]
+        self.start = self.start[kept]
         for layer in self.cache.layers:
             layer.batch_select_indices(kept.to(layer.keys.device))
         self._end_columns()
@@ -145,17 +155,17 @@ class TargetCache:
             for layer in self.cache.layers:
                 layer.cumulative_length.fill_(self.width)
             return
-        before = [self._first_column(number) for number in range(len(self.cache.layers))]
+        before, width = [self._first_column(number) for number in range(len(self.cache.layers))], self.width
         if self._window is not None:
             self._dropped = max(self._dropped, min(self._ends) - self._window + 1)
         for number, layer in enumerate(self.cache.layers):
-            first, end = self._first_column(number) - before[number], self.width - before[number]
+            first, end = self._first_column(number) - before[number], width - before[number]
             if first or layer.keys.shape[2] > end:  # a plain step leaves nothing to take away
                 layer.keys, layer.values = layer.keys[:, :, first:end], layer.values[:, :, first:end]
 
     def _first_column(self, number: int) -> int:
         """The first column that a layer still has."""
-        types = getattr(self._config, "layer_types", None)
+        types = self._layer_types
         return self._dropped if types is None or types[number] == "sliding_attention" else 0
 
     def _own(self, **arguments: Any) -> Tensor:
@@ -175,19 +185,20 @@ class TargetCache:
         """The mask that the backbone takes; one per kind of layer where it mixes full and sliding ones."""
         alone = not tree.tree.choices and self._padding is None and len(self._ends) == 1
         if alone and self._compiled is None:  # it sees all columns that a layer still has
-            return dict.fromkeys(_LAYER_TYPES) if mixes_layer_types(self._config) else None
+            return dict.fromkeys(_LAYER_TYPES) if self._mixes else None
         width, rows, nodes = self.width, len(self._ends), len(tree.depths)
-        columns = torch.arange(self._columns or width + nodes, device=self.end.device)  # W + n, or all that there are
-        in_text = (columns >= self.start[:, None]) & (columns < self.end[:, None])
+        end = self.end
+        columns = torch.arange(self._columns or width + nodes, device=end.device)  # W + n, or all that there are
+        in_text = (columns >= self.start[:, None]) & (columns < end[:, None])
         seen = in_text[:, None].repeat(1, nodes, 1)  # [B, n, columns]
         seen[:, :, width : width + nodes] = tree.ancestors
         if self._window is None:
             return self._mask(seen)
-        own_columns = self.end[:, None] + tree.depths
+        own_columns = end[:, None] + tree.depths
         all_columns = columns.repeat(rows, 1)
         all_columns[:, width : width + nodes] = own_columns
         near = own_columns[:, :, None] - all_columns[:, None, :] < self._window
-        if mixes_layer_types(self._config):
+        if self._mixes:
             return {
                 "full_attention": self._mask(seen),
                 "sliding_attention": self._mask((seen & near)[:, :, self._dropped :]),
