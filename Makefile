@@ -21,7 +21,7 @@ bench: venv
 	.venv/bin/python -m benchmarks.train_step $(ARGS)
 
 test: venv lint
-	.venv/bin/python -m pytest -m "not vllm" --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	.venv/bin/python -m pytest -m "not vllm" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-cuda: venv
 	MEDUSA_TEST_DEVICE=cuda .venv/bin/python -m pytest tests/losses/test_chunked.py tests/losses/test_matmuls.py tests/training/test_objective.py $(ARGS)

@@ -12,10 +12,13 @@ import os
 import runpy
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 PRELOAD = [
     "axolotl.cli.train",
     "axolotl.cli.config",
@@ -39,18 +42,24 @@ class Result:
     output: str
 
 
-def _child(module: str, arguments: list[str], env: dict[str, str], directory: str, log: str) -> None:
-    with Path(log).open("w", encoding="utf-8") as file:
+def _child(
+    function: Callable[..., None], arguments: tuple[Any, ...], output: str, env: dict[str, str], directory: str
+) -> None:
+    with Path(output).open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.chdir(directory)
     os.environ.update(env)
-    sys.argv = [module, *arguments]
+    end_with(function, *arguments)
+
+
+def end_with(function: Callable[..., None], *arguments: Any) -> None:
+    """Calls a function and ends this process as Python does after a program."""
     status = 0
     try:
-        runpy.run_module(module, run_name="__main__")
+        function(*arguments)
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
@@ -63,16 +72,28 @@ def _child(module: str, arguments: list[str], env: dict[str, str], directory: st
     os._exit(status)
 
 
-def run_module(
-    module: str, arguments: list[str], directory: Path, log: Path, env: dict[str, str] | None = None
-) -> Result:
-    """Runs `python -m module arguments...` in `directory`.
+def run_as_main(module: str, arguments: list[str]) -> None:
+    """`python -m module arguments...` in this process."""
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
+
+
+def start(
+    function: Callable[..., None], arguments: tuple[Any, ...], output: Path, env: dict[str, str] | None = None
+) -> BaseProcess:
+    """Calls a function in a new process, in the repository's root, with what it prints in `output`."""
+    process = _context.Process(target=_child, args=(function, arguments, str(output), env or {}, str(ROOT)))
+    process.start()
+    return process
+
+
+def run_module(module: str, arguments: list[str], log: Path, env: dict[str, str] | None = None) -> Result:
+    """Runs `python -m module arguments...`.
 
     Raises:
         TimeoutError: It ran longer than `TIMEOUT_S`.
     """
-    process = _context.Process(target=_child, args=(module, arguments, env or {}, str(directory), str(log)))
-    process.start()
+    process = start(run_as_main, (module, arguments), log, env)
     process.join(TIMEOUT_S)
     if process.is_alive():
         process.kill()

@@ -137,7 +137,7 @@ def axolotl(tmp_path) -> Callable[..., Result]:
 
     def run(command: str, *arguments: Any, ok: bool = True, env: dict[str, str] | None = None) -> Result:
         log = tmp_path / f"{command}{len(list(tmp_path.glob('*.log')))}.log"
-        result = run_module(f"axolotl.cli.{command}", [str(argument) for argument in arguments], ROOT, log, env)
+        result = run_module(f"axolotl.cli.{command}", [str(argument) for argument in arguments], log, env)
         assert (result.returncode == 0) is ok, result.output[-6000:]
         return result
 

@@ -100,7 +100,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path, tiny_da
             cfg["medusa_init_from"] = str(train(outputs[cfg["medusa_init_from"]]))
         file = folder / f"{name}.yml"
         file.write_text(yaml.safe_dump(cfg), encoding="utf-8")
-        result = run_module("axolotl.cli.train", [str(file)], ROOT, folder / f"{name}.log")
+        result = run_module("axolotl.cli.train", [str(file)], folder / f"{name}.log")
         assert result.returncode == 0, result.output[-6000:]
         return output
 

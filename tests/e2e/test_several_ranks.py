@@ -59,20 +59,20 @@ def test_an_interrupted_zero3_run_ends_and_names_the_checkpoint_to_resume_from(
     out = tmp_path / "out"
     many = {"max_steps": 500, "num_epochs": 500, "save_steps": 2, "save_total_limit": 2}
     config = make_yaml(**{**WATCHED, **LORA, **many}, datasets=two_chats, deepspeed=zero3)
-    with two_processes(config) as process:
+    with two_processes(config) as run:
         before = []
-        for line in process.stdout:
+        for line in run.lines():
             before.append(line)
             if found := re.fullmatch(r"rank 0 pid (\d+) finished step 3\n", line):
                 break
         else:
             pytest.fail(f"the run ended before step 3: {''.join(before)[-20000:]}")
         if to == "both":
-            process.send_signal(signal.SIGINT)  # torchrun hands it on to its processes
+            os.kill(run.process.pid, signal.SIGINT)  # torchrun hands it on to its processes
         else:
             os.kill(int(found[1]), signal.SIGINT)
-        output, _ = process.communicate(timeout=ENDS_WITHIN_S)
-    assert process.returncode != 0
+        output = run.end(ENDS_WITHIN_S)
+        assert run.process.exitcode not in (0, None)
     assert f"axolotl-medusa: stopped, and nothing was written to {out}" in output
     checkpoint = Path(re.search(r"resume_from_checkpoint: (\S+) goes on from there", output)[1])
     assert checkpoint.parent == out and (checkpoint / "trainer_state.json").is_file()

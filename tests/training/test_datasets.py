@@ -6,6 +6,7 @@ import itertools
 import json
 
 import pytest
+from datasets import Dataset
 
 from axolotl_medusa.training import datasets
 from axolotl_medusa.training.datasets import dataset_problems, token_columns_only
@@ -141,6 +142,23 @@ def test_dataset_problems_json_file_of_lines_is_read_as_lines(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps({"messages": [USER]}) + "\n" + json.dumps({"messages": [ASSISTANT]}) + "\n")
     assert problems(path) == []
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_dataset_problems_file_with_a_byte_order_mark_is_read_as_axolotl_reads_it(name, tmp_path):
+    path = tmp_path / name
+    row = {"messages": [USER, ASSISTANT]}
+    text = json.dumps([row]) if path.suffix == ".json" else json.dumps(row) + "\n"
+    path.write_text(text, encoding="utf-8-sig")
+    assert problems(path) == []
+    assert Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache")).num_rows == 1
+
+
+def test_dataset_problems_objects_on_several_lines_are_read_as_axolotl_reads_them(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text("\n".join(json.dumps({"messages": turns}, indent=2) for turns in ([USER], [USER, ASSISTANT])))
+    assert problems(path) == []
+    assert Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache")).num_rows == 2
 
 
 def test_dataset_problems_line_that_is_not_json_is_an_error_with_its_number(tmp_path):

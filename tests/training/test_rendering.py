@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from axolotl.utils.dict import DictDefault
 from conftest import AXOLOTL_YAML, make_model
+from datasets import Dataset
 from example_tokenizers import make_tokenizer
 
 from axolotl_medusa.training import rendering
 from axolotl_medusa.training.plugin import MedusaPlugin
-from axolotl_medusa.training.rendering import render_files
+from axolotl_medusa.training.rendering import render_datasets
 
 STRICT = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -79,7 +80,7 @@ def test_row_that_cannot_be_rendered_ends_with_file_row_and_reason(reason, suffi
 
 
 def test_every_bad_row_is_counted_and_the_first_are_named(config):
-    (_, found) = next(iter(render_files(*with_tokenizer(config([GOOD, *BAD.values(), GOOD])))))
+    (_, found) = next(iter(render_datasets(*with_tokenizer(config([GOOD, *BAD.values(), GOOD])))))
     assert (found.count, found.bad, found.is_whole) == (8, 6, True)
     assert [number for number, _ in found.named] == [2, 3, 4] and str(found).endswith("; ...")
 
@@ -132,7 +133,7 @@ def test_skip_bad_rows_with_nothing_left_stops(config):
 def test_large_file_is_rendered_in_parallel_up_to_a_limit(processes, config, monkeypatch):
     monkeypatch.setattr(rendering, "LONGEST_LOOK", 4000)
     rows = [BAD["messages is empty"] if number in (2999, 4500) else GOOD for number in range(5000)]
-    ((_, found),) = render_files(*with_tokenizer(config(rows, dataset_num_proc=processes)))
+    ((_, found),) = render_datasets(*with_tokenizer(config(rows, dataset_num_proc=processes)))
     assert (found.count, found.bad, found.named) == (4000, 1, [(3000, "messages is empty")])
     assert not found.is_whole and "of the first 4000 rows" in str(found)
 
@@ -144,17 +145,65 @@ def test_memory_does_not_grow_with_the_file(config):
     peaks = []
     for count in (200, 2000):
         tracemalloc.start()
-        rendering.render_rows(Path("rows"), (json.loads(json.dumps(row)) for _ in range(count)), strategy, 1)
+        rendering.render_rows("rows", (json.loads(json.dumps(row)) for _ in range(count)), strategy, 1)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0]
 
 
-@pytest.mark.parametrize("keys", [{"type": "alpaca"}, {"split": "train[:10%]"}, {"path": "org/data"}])
-def test_other_data_is_left_to_axolotl(keys, config):
+def test_other_kinds_are_left_to_axolotl(config):
     cfg, tokenizer = with_tokenizer(config([BAD["messages is empty"]]))
-    cfg.datasets[0] |= keys
-    assert list(render_files(cfg, tokenizer)) == []
+    cfg.datasets[0].type = "alpaca"
+    assert list(render_datasets(cfg, tokenizer)) == []
+
+
+def as_parquet(rows: Dataset, folder: Path) -> dict[str, object]:
+    rows.to_parquet(folder / "rows.parquet")
+    return {"path": str(folder / "rows.parquet")}
+
+
+def as_saved_dataset(rows: Dataset, folder: Path) -> dict[str, object]:
+    rows.save_to_disk(folder / "saved")
+    return {"path": str(folder / "saved")}
+
+
+def as_data_files(rows: Dataset, folder: Path) -> dict[str, object]:
+    (folder / "hub").mkdir()
+    rows.to_json(folder / "hub" / "a.jsonl")
+    return {"path": str(folder / "hub"), "data_files": [str(folder / "hub" / "a.jsonl")], "ds_type": "json", "split": "train"}
+
+
+def as_part_of_a_file(rows: Dataset, folder: Path) -> dict[str, object]:
+    rows.to_json(folder / "part.jsonl")
+    return {"path": str(folder / "part.jsonl"), "split": "train[:2]"}
+
+
+@pytest.mark.parametrize("kind", [as_parquet, as_saved_dataset, as_data_files, as_part_of_a_file])
+def test_rows_of_whatever_axolotl_loads_are_rendered(kind, config, tmp_path):
+    rows = Dataset.from_list([GOOD, BAD["turn 2 has no content"], GOOD])
+    entry = kind(rows, tmp_path)
+    cfg = config([GOOD])
+    cfg.datasets[0] |= entry
+    count = 2 if "[" in str(entry.get("split")) else 3
+    with pytest.raises(SystemExit, match=rf"1 of {count} rows cannot be rendered .*{entry['path']}:2: turn 2 has no content"):
+        MedusaPlugin().load_datasets(cfg)
+
+
+def test_data_that_cannot_be_loaded_is_left_to_axolotl(config):
+    cfg, tokenizer = with_tokenizer(config([GOOD], ".json"))
+    Path(cfg.datasets[0].path).rename(Path(cfg.datasets[0].path).with_suffix(".parquet"))
+    cfg.datasets[0].path = str(Path(cfg.datasets[0].path).with_suffix(".parquet"))
+    assert list(render_datasets(cfg, tokenizer)) == []
+
+
+def test_data_out_of_reach_is_not_asked_for_once_it_was_prepared(config, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rendering, "load_dataset_with_config", lambda entry, token: asked.append(entry.path))
+    cfg, tokenizer = with_tokenizer(config([GOOD]))
+    cfg.datasets[0].path = "org/data"
+    assert list(render_datasets(cfg, tokenizer)) == [] and asked == ["org/data"]
+    (tmp_path / "prepared" / "hash").mkdir(parents=True)
+    assert list(render_datasets(cfg, tokenizer)) == [] and asked == ["org/data"]
 
 
 def test_template_that_is_no_jinja_is_one_line(config):

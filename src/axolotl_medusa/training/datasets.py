@@ -106,13 +106,15 @@ def _count_bad_rows(path: Path, is_good: Callable[[Any], bool], wanted: str) -> 
 
 
 def _rows(path: Path, file: BinaryIO) -> Iterator[Any]:
+    begin = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+    file.seek(begin)
     start = b""
     while path.suffix == ".json" and not start and (line := file.readline(_CHUNK)):
         start = line.strip()
-    file.seek(0)
-    if start.startswith(b"["):
+    file.seek(begin)
+    if start.startswith(b"[") or start == b"{":
         try:
-            yield from _array_rows(file)
+            yield from _array_rows(file) if start.startswith(b"[") else _printed_rows(file)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({_reason(error)}): expected a list of objects") from None
         return
@@ -150,6 +152,13 @@ def _array_rows(file: BinaryIO) -> Iterator[Any]:
             text.expect(",")
     if text.peek():
         raise json.JSONDecodeError("Extra data", text.text, text.place)
+
+
+def _printed_rows(file: BinaryIO) -> Iterator[Any]:
+    """Objects one after the other, each on several lines."""
+    decoder, text = json.JSONDecoder(), _Text(file)
+    while text.peek():
+        yield text.element(decoder)
 
 
 class _Text:

@@ -1,7 +1,7 @@
 """Renders the conversations of a data set as axolotl will, before anything is loaded: which rows does the template refuse?
 
-Contract: axolotl's own strategy turns a row into text; this module runs it over plain local files, in parallel and with
-bounded memory, and says which rows fail and why. `renderable_chats` leaves such rows out.
+Contract: axolotl's own strategy turns a row into text; this module runs it over the rows, in parallel and with bounded
+memory, and says which rows fail and why. `renderable_chats` leaves such rows out.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.prompt_strategies import load as load_strategy
+from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.dict import DictDefault, remove_none_values
 from axolotl.utils.distributed import is_main_process
 from axolotl.utils.logging import get_logger
+from datasets import Dataset
+from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 
 from axolotl_medusa.errors import first_line
@@ -30,7 +33,7 @@ LEAVES_BAD_ROWS_OUT = "axolotl_medusa.training.renderable_chats"
 """What `medusa_skip_bad_rows` writes in place of `type: chat_template`."""
 
 LONGEST_LOOK = 200_000
-"""Rows of one file that are rendered beforehand; axolotl meets the others when it tokenises them."""
+"""Rows of one data set that are rendered beforehand; axolotl meets the others when it tokenises them."""
 
 _CHUNK = 64
 """Rows that a process renders at a time."""
@@ -47,17 +50,17 @@ REFUSALS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, A
 
 @dataclass
 class Rendered:
-    """What came of a file's rows.
+    """What came of the rows of a file or data set.
 
     Attributes:
-        file: The file.
+        name: Its path.
         count: Rows that were rendered.
         is_whole: Whether these are all rows of the file.
         bad: How many of them failed.
         named: Number, counted from 1, and reason of the first that failed.
     """
 
-    file: Path
+    name: str
     count: int = 0
     is_whole: bool = True
     bad: int = 0
@@ -66,14 +69,14 @@ class Rendered:
     def __str__(self) -> str:
         """One line that names the first bad rows."""
         rows = f"{self.count} rows" if self.is_whole else f"the first {self.count} rows"
-        named = "; ".join(f"{self.file}:{number}: {reason}" for number, reason in self.named)
+        named = "; ".join(f"{self.name}:{number}: {reason}" for number, reason in self.named)
         return f"{self.bad} of {rows} cannot be rendered by the chat template, {named}" + (
             "; ..." if self.bad > len(self.named) else ""
         )
 
 
 def check_rendering(cfg: DictDefault, tokenizer: Any) -> None:
-    """Refuses files with rows that the chat template cannot render; with `medusa_skip_bad_rows` has them left out, and counts them.
+    """Refuses data with rows that the chat template cannot render; with `medusa_skip_bad_rows` has them left out, and counts them.
 
     Args:
         cfg: The validated YAML; with `medusa_skip_bad_rows` the type of its datasets is changed in place.
@@ -83,7 +86,7 @@ def check_rendering(cfg: DictDefault, tokenizer: Any) -> None:
         ValueError: There are such rows, or no others.
     """
     problems = []
-    for entry, found in render_files(cfg, tokenizer) if is_main_process() else ():
+    for entry, found in render_datasets(cfg, tokenizer) if is_main_process() else ():
         if found.bad and cfg.medusa_skip_bad_rows and found.bad < found.count:
             LOG.warning(f"medusa_skip_bad_rows: {found}; they are left out")
         elif found.bad:
@@ -97,8 +100,10 @@ def check_rendering(cfg: DictDefault, tokenizer: Any) -> None:
                 entry.type = LEAVES_BAD_ROWS_OUT
 
 
-def render_files(cfg: DictDefault, tokenizer: Any) -> Iterator[tuple[DictDefault, Rendered]]:
-    """Renders every local file of conversations that the YAML trains or evaluates on.
+def render_datasets(cfg: DictDefault, tokenizer: Any) -> Iterator[tuple[DictDefault, Rendered]]:
+    """Renders all conversations that the YAML trains or evaluates on.
+
+    JSON files are read row by row. Other data is loaded as axolotl does; what cannot be loaded is left to it.
 
     Args:
         cfg: The validated YAML.
@@ -111,23 +116,44 @@ def render_files(cfg: DictDefault, tokenizer: Any) -> Iterator[tuple[DictDefault
         ValueError: A file is damaged, or the chat template is.
     """
     for entry in itertools.chain(cfg.datasets or [], cfg.test_datasets or []):
+        if entry.get("type") != "chat_template" or cfg.processor_type or cfg.is_multimodal:
+            continue
         file = local_json_file(entry)
-        is_part = "[" in str(entry.get("split") or "")
-        if entry.get("type") != "chat_template" or file is None or is_part or cfg.processor_type or cfg.is_multimodal:
+        rows = rows_of(file) if file and "[" not in str(entry.get("split") or "") else loaded_rows(cfg, entry)
+        if rows is None:
             continue
         try:
             strategy = load_strategy("chat_template", tokenizer, cfg, entry)
         except TemplateError as error:
             raise ValueError(
-                f"the chat template for {file} is not Jinja that axolotl reads ({first_line(error)}): mend or replace it"
+                f"the chat template for {entry.path} is not Jinja that axolotl reads ({first_line(error)}): mend or replace it"
             ) from error
-        yield entry, render_rows(file, rows_of(file), strategy, int(cfg.dataset_num_proc or 1))
+        yield entry, render_rows(str(file or entry.path), rows, strategy, int(cfg.dataset_num_proc or 1))
 
 
-def render_rows(file: Path, rows: Iterable[Any], strategy: Any, processes: int) -> Rendered:
-    """Renders rows of a file, the first `LONGEST_LOOK`, in up to `processes` processes."""
+def loaded_rows(cfg: DictDefault, entry: DictDefault) -> Iterable[Any] | None:
+    """The rows of a data set as axolotl loads it, with its caches; None where it streams, or cannot be loaded.
+
+    Data that is not on this disk is only looked at before it was prepared once: a run may go on where it is out of reach.
+    """
+    is_here = Path(str(entry.get("path"))).exists()
+    prepared = Path(cfg.dataset_prepared_path) if cfg.dataset_prepared_path else None
+    if cfg.streaming or not (is_here or prepared is None or not prepared.is_dir() or not any(prepared.iterdir())):
+        return None
+    try:
+        found = load_dataset_with_config(entry, cfg.hf_use_auth_token)
+    except (DatasetsError, OSError, ValueError) as error:
+        LOG.warning(f"rows of {entry.get('path')} are not rendered beforehand, it cannot be loaded: {first_line(error)}")
+        return None
+    if isinstance(found, Mapping):
+        found = found.get(entry.get("split") or "train")
+    return found if isinstance(found, Dataset) else None
+
+
+def render_rows(name: str, rows: Iterable[Any], strategy: Any, processes: int) -> Rendered:
+    """Renders rows of a file or data set, the first `LONGEST_LOOK`, in up to `processes` processes."""
     numbered = enumerate(rows, start=1)
-    found = Rendered(file)
+    found = Rendered(name)
     looked_at = itertools.islice(numbered, LONGEST_LOOK)
     chunks = iter(lambda: list(itertools.islice(looked_at, _CHUNK)), [])
     inline = itertools.islice(chunks, None if processes < 2 else _INLINE)
