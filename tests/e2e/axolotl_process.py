@@ -52,11 +52,11 @@ def _child(
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.chdir(directory)
     os.environ.update(env)
-    end_with(function, *arguments)
+    os._exit(status_of(function, *arguments))
 
 
-def end_with(function: Callable[..., None], *arguments: Any) -> None:
-    """Calls a function and ends this process as Python does after a program."""
+def status_of(function: Callable[..., None], *arguments: Any) -> int:
+    """Calls a function as Python runs a program, and returns the exit status."""
     status = 0
     try:
         function(*arguments)
@@ -69,7 +69,7 @@ def end_with(function: Callable[..., None], *arguments: Any) -> None:
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    return status
 
 
 def run_as_main(module: str, arguments: list[str]) -> None:

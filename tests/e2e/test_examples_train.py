@@ -11,7 +11,7 @@ import pytest
 import yaml
 from axolotl_process import run_module
 from conftest import H100, TORCH, make_model
-from example_files import BIG, ROOT, load
+from example_files import BIG, load
 from example_tokenizers import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 

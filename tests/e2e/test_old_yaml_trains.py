@@ -19,21 +19,14 @@ from axolotl_medusa.model.heads_directory import read_heads
 pytestmark = pytest.mark.e2e
 
 # What a CPU cannot do replaced.
-CPU = {
-    "attn_implementation": "sdpa",
-    "bf16": False,
-    "optimizer": "adamw_torch",
-    "dataset_num_proc": 1,
-    "dataloader_num_workers": 0,
-}
-SHORT = {"sequence_len": 1024, "max_steps": 2}
+CPU = {"attn_implementation": "sdpa", "bf16": False}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     """Random 2-layer models with tokenizers of the class and special tokens that the YAMLs name, one token a byte."""
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 1024}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 4096}
     folder, found = tmp_path_factory.mktemp("models"), {}
     for kind, family in (("LlamaForCausalLM", "llama"), ("MistralForCausalLM", "mistral")):
         tokenizer = LlamaTokenizer(vocab={token: number for number, token in enumerate(vocabulary)}, merges=[])
@@ -66,7 +59,7 @@ def outputs(tmp_path_factory) -> Path:
 def on_cpu(name: str, models: dict[str, Path], sharegpt: Path, outputs: Path) -> dict[str, Any]:
     """A recipe of the fork, its hints followed, with another model, other data, and nothing that a CPU cannot do."""
     old = fork_yaml(name)
-    cfg = {**with_hints_applied(old), **CPU, **SHORT, "base_model_config": None}
+    cfg = {**with_hints_applied(old), **CPU, "base_model_config": None}
     if old["model_type"] == "MistralForCausalLM":  # the hint: where the tokenizer has no chat template
         cfg = {key: value for key, value in cfg.items() if not key.startswith("chat_template")}
     cfg |= {"base_model": str(models[old["model_type"]]), "output_dir": str(outputs / name)}

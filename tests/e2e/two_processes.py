@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from axolotl_process import ROOT, TIMEOUT_S, end_with, run_as_main, start
+from axolotl_process import TIMEOUT_S, run_as_main, start, status_of
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 _KILL_AFTER_S = 40
@@ -92,4 +92,5 @@ def _agent(module: str, arguments: list[str]) -> None:
 
 
 def _rank(module: str, arguments: list[str]) -> None:
-    end_with(run_as_main, module, arguments)
+    if status := status_of(run_as_main, module, arguments):
+        os._exit(status)  # the agent waits for an answer from whoever returns

@@ -7,6 +7,7 @@ import json
 
 import pytest
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 
 from axolotl_medusa.training import datasets
 from axolotl_medusa.training.datasets import dataset_problems, token_columns_only
@@ -145,13 +146,20 @@ def test_dataset_problems_json_file_of_lines_is_read_as_lines(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
-def test_dataset_problems_file_with_a_byte_order_mark_is_read_as_axolotl_reads_it(name, tmp_path):
+def test_dataset_problems_lines_after_a_byte_order_mark_are_read_as_axolotl_reads_them(name, tmp_path):
     path = tmp_path / name
-    row = {"messages": [USER, ASSISTANT]}
-    text = json.dumps([row]) if path.suffix == ".json" else json.dumps(row) + "\n"
-    path.write_text(text, encoding="utf-8-sig")
+    path.write_text(json.dumps({"messages": [USER, ASSISTANT]}) + "\n", encoding="utf-8-sig")
     assert problems(path) == []
     assert Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache")).num_rows == 1
+
+
+def test_dataset_problems_array_after_a_byte_order_mark_is_refused_as_axolotl_does(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"messages": [USER, ASSISTANT]}]), encoding="utf-8-sig")
+    with pytest.raises(ValueError, match=rf"{path} begins with a byte order mark"):
+        problems(path)
+    with pytest.raises((DatasetGenerationError, ValueError)):
+        Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
 
 
 def test_dataset_problems_objects_on_several_lines_are_read_as_axolotl_reads_them(tmp_path):

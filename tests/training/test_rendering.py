@@ -170,7 +170,12 @@ def as_saved_dataset(rows: Dataset, folder: Path) -> dict[str, object]:
 def as_data_files(rows: Dataset, folder: Path) -> dict[str, object]:
     (folder / "hub").mkdir()
     rows.to_json(folder / "hub" / "a.jsonl")
-    return {"path": str(folder / "hub"), "data_files": [str(folder / "hub" / "a.jsonl")], "ds_type": "json", "split": "train"}
+    return {
+        "path": str(folder / "hub"),
+        "data_files": [str(folder / "hub" / "a.jsonl")],
+        "ds_type": "json",
+        "split": "train",
+    }
 
 
 def as_part_of_a_file(rows: Dataset, folder: Path) -> dict[str, object]:
@@ -185,7 +190,9 @@ def test_rows_of_whatever_axolotl_loads_are_rendered(kind, config, tmp_path):
     cfg = config([GOOD])
     cfg.datasets[0] |= entry
     count = 2 if "[" in str(entry.get("split")) else 3
-    with pytest.raises(SystemExit, match=rf"1 of {count} rows cannot be rendered .*{entry['path']}:2: turn 2 has no content"):
+    with pytest.raises(
+        SystemExit, match=rf"1 of {count} rows cannot be rendered .*{entry['path']}:2: turn 2 has no content"
+    ):
         MedusaPlugin().load_datasets(cfg)
 
 

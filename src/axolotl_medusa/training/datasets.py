@@ -106,12 +106,16 @@ def _count_bad_rows(path: Path, is_good: Callable[[Any], bool], wanted: str) -> 
 
 
 def _rows(path: Path, file: BinaryIO) -> Iterator[Any]:
-    begin = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
-    file.seek(begin)
+    mark = codecs.BOM_UTF8 if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else b""
+    file.seek(len(mark))
     start = b""
     while path.suffix == ".json" and not start and (line := file.readline(_CHUNK)):
         start = line.strip()
-    file.seek(begin)
+    if mark and start.startswith(b"["):
+        raise ValueError(
+            f"{path} begins with a byte order mark, which axolotl reads before no list: save it without one"
+        )
+    file.seek(len(mark))
     if start.startswith(b"[") or start == b"{":
         try:
             yield from _array_rows(file) if start.startswith(b"[") else _printed_rows(file)

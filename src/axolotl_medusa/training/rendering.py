@@ -143,7 +143,9 @@ def loaded_rows(cfg: DictDefault, entry: DictDefault) -> Iterable[Any] | None:
     try:
         found = load_dataset_with_config(entry, cfg.hf_use_auth_token)
     except (DatasetsError, OSError, ValueError) as error:
-        LOG.warning(f"rows of {entry.get('path')} are not rendered beforehand, it cannot be loaded: {first_line(error)}")
+        LOG.warning(
+            f"rows of {entry.get('path')} are not rendered beforehand, it cannot be loaded: {first_line(error)}"
+        )
         return None
     if isinstance(found, Mapping):
         found = found.get(entry.get("split") or "train")
