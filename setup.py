@@ -34,6 +34,8 @@ setup(
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
@@ -41,7 +43,12 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"axolotl_medusa": ["py.typed"]},
-    entry_points={"console_scripts": ["axolotl-medusa = axolotl_medusa.cli:main"]},
+    entry_points={
+        "console_scripts": ["axolotl-medusa = axolotl_medusa.cli:main"],
+        # From axolotl 0.18 `axolotl medusa ...`, from 0.21 YAMLs with a `medusa_*` key without the line `plugins:`.
+        "axolotl.cli_commands": ["medusa = axolotl_medusa.cli:axolotl_command"],
+        "axolotl.plugins": ["medusa = axolotl_medusa.training.installed:InstalledPlugin"],
+    },
     python_requires=">=3.11",
     install_requires=["pydantic>=2", "safetensors", "torch>=2.6", "transformers>=5"],
     extras_require={

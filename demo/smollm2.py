@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 DONE_FILE = "config.json"
@@ -30,6 +31,18 @@ def gguf_file() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
+def model_from_gguf(source: Path, **options: Any) -> Any:
+    """Loads the causal LM in a GGUF file as an ordinary model.
+
+    Newer transformers leave the weights in GGUF's blocks unless told otherwise, and such a model cannot be saved.
+    """
+    import transformers
+
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return transformers.AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, **options)
+
+
 def unpacked(directory: Path, dtype: str = "float32") -> Path:
     """Returns `directory` with model and tokenizer in it, unpacked now if they are not there yet.
 
@@ -44,12 +57,12 @@ def unpacked(directory: Path, dtype: str = "float32") -> Path:
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     source = gguf_file()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.eos_token, tokenizer.pad_token = EOS, PAD
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=getattr(torch, dtype))
+    model = model_from_gguf(source, dtype=getattr(torch, dtype))
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id

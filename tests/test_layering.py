@@ -28,6 +28,8 @@ FOR_ALL = {"errors", "cpu_instructions"}
 """Modules beside the rooms that know nothing of ours; every room may import them."""
 
 USES_AXOLOTL = {
+    "training.installed",
+    "training.axolotl_versions",
     "training.loading",
     "training.lora_kernels",
     "training.plugin",

@@ -1,4 +1,4 @@
-"""The `axolotl-medusa` command.
+"""The `axolotl-medusa` command, which is `axolotl medusa` too where axolotl takes commands of others.
 
 Contract: parses arguments, calls one function of the package, and turns its errors into one line. A command is a
 function that adds its arguments and one that runs it, both named in `COMMANDS`; what it needs is imported when it runs.
@@ -10,7 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 DEMO_PROMPT = "Write a short story about a salamander that keeps a lighthouse."
 
@@ -235,18 +235,19 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "axolotl-medusa") -> int:
     """Runs the command.
 
     Args:
         argv: Arguments, by default those of the process.
+        prog: What the user typed before them.
 
     Returns:
         The exit status: 0, 1 after an error, 130 after an interrupt. Wrong usage exits with 2.
     """
     from axolotl_medusa import __version__
 
-    parser = argparse.ArgumentParser(prog="axolotl-medusa", description="Medusa heads: from training to a server.")
+    parser = argparse.ArgumentParser(prog=prog, description="Medusa heads: from training to a server.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -262,11 +263,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         from axolotl_medusa.model.secrets import without_secrets
 
         message = without_secrets(" ".join(str(error).split())) or type(error).__name__
-        print(f"axolotl-medusa {options.command}: error: {message}", file=sys.stderr)
+        print(f"{prog} {options.command}: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def __getattr__(name: str) -> Any:
+    """Makes `axolotl_command` when axolotl asks for it: it needs click, which axolotl brings."""
+    if name == "axolotl_command":
+        return _axolotl_command()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _axolotl_command() -> Any:
+    """`axolotl medusa ...`, a click command that hands all of its arguments to `main`."""
+    import click
+
+    @click.command(
+        "medusa",
+        short_help="Medusa heads: from training to a server",
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    )
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    @click.pass_context
+    def axolotl_command(context: click.Context, arguments: tuple[str, ...]) -> None:
+        context.exit(main(arguments, prog="axolotl medusa"))
+
+    return axolotl_command
 
 
 def _is_no_noise(record: logging.LogRecord) -> bool:

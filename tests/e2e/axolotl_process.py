@@ -6,6 +6,7 @@ it once. Each command still gets a fresh process, its own `sys.argv` and its exi
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -14,9 +15,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 PRELOAD = [
@@ -27,11 +30,20 @@ PRELOAD = [
     "axolotl_medusa.training.plugin",
     "bitsandbytes",
     "torchao.optim",
+    "warm_packing",
 ]
 TIMEOUT_S = 150
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
+
+
+@functools.cache
+def _start_server() -> None:
+    """Starts the fork server, which looks for modules in the environment's path alone and passes over those that it misses."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
+        forkserver.ensure_running()
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,7 @@ def start(
     function: Callable[..., None], arguments: tuple[Any, ...], output: Path, env: dict[str, str] | None = None
 ) -> BaseProcess:
     """Calls a function in a new process, in the repository's root, with what it prints in `output`."""
+    _start_server()
     process = _context.Process(target=_child, args=(function, arguments, str(output), env or {}, str(ROOT)))
     process.start()
     return process

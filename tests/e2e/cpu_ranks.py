@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
@@ -32,6 +33,13 @@ def _fsdp_on_cpus(state: AcceleratorState, *args: Any, fsdp_plugin: Any = None, 
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
+def _no_peers(*_: Any) -> bool:
+    """Axolotl asks whether GPUs reach each other, and a CUDA build of torch without a driver raises what it does not expect."""
+    return False
+
+
+if not torch.cuda.is_available():
+    torch.cuda.can_device_access_peer = _no_peers
 PartialState._prepare_backend = _gloo_for_deepspeed
 AcceleratorState.__init__ = _fsdp_on_cpus
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -164,7 +165,10 @@ def test_create_optimizer_own_learning_rate_of_a_group_of_heads_is_multiplied(ma
     assert 2e-4 * MULTIPLIER in rates(trainer)[0] and rates(trainer)[1] == {RATE}
 
 
-def test_create_optimizer_that_keeps_no_learning_rate_is_one_line(make_trainer):
+def test_create_optimizer_that_keeps_no_learning_rate_is_one_line(make_trainer, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # axolotl logs each group's learning rate as a number
+    monkeypatch.setattr(logging.getLogger("axolotl.core.trainers.mixins.optimizer"), "propagate", False)
+
     class Relative(torch.optim.SGD):
         def __init__(self, params, **_):
             super().__init__(params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
-from conftest import AXOLOTL_YAML, LORA, make_model
+from conftest import AXOLOTL_YAML, LORA, PLUGIN, make_model
 
 from axolotl_medusa.training.lora_kernels import (
     KERNELS,
@@ -79,7 +79,7 @@ def test_kernels_are_switched_off_for_models_that_axolotl_cannot_build_them_into
     if attention is not None and "_original_forward" in vars(attention):
         del attention._original_forward
     assert is_patched is (reason is None), "this repository and axolotl disagree"
-    (plugin,) = PluginManager.get_instance().plugins.values()
+    plugin = PluginManager.get_instance().plugins[PLUGIN]
     plugin.load_datasets(cfg)
     assert {bool(cfg[key]) for key in KERNELS} == {reason is None}
 
@@ -91,6 +91,6 @@ def test_kernels_that_the_yaml_asks_for_are_axolotls_to_speak_of(validated, tmp_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     keys = {"base_model": str(tmp_path), "lora_qkv_kernel": True}
     cfg = DictDefault(validated({**MEDUSA, **LORA, **keys}))
-    (plugin,) = PluginManager.get_instance().plugins.values()
+    plugin = PluginManager.get_instance().plugins[PLUGIN]
     plugin.load_datasets(cfg)
     assert cfg.lora_qkv_kernel is True

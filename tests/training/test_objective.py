@@ -183,6 +183,24 @@ def test_objective_packed_batch_has_the_loss_and_gradients_of_the_same_samples_p
         torch.testing.assert_close(ga[name], gb[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("only_heads", [True, False])
+def test_objective_hands_the_bounds_of_packed_samples_to_every_layer(only_heads):
+    """Axolotl's collator works them out once for flash attention; other kinds of attention pass over them."""
+    model, _, _ = build(only_heads=only_heads)
+    install_objective(model, Objective(only_heads=only_heads))
+    labels, inputs = batch(packed=True)
+    ends = torch.tensor([0, 10, 13, SEQ], dtype=torch.int32)
+    bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(), "max_length_q": 11, "max_length_k": 11}
+    seen = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda _module, _args, kwargs: seen.append({name: kwargs.get(name) for name in bounds}), with_kwargs=True
+        )
+    loss = model(labels=labels, **inputs, **bounds).loss
+    assert seen == [bounds] * len(model.model.layers)
+    assert torch.equal(loss, model(labels=labels, **inputs).loss)
+
+
 def test_objective_four_micro_batches_with_step_counts_equal_one_batch():
     model, heads, _ = build(num_heads=3)
     install_objective(model, Objective())

@@ -11,7 +11,8 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
 from conftest import COMMON, HIDDEN, VOCAB, add_lora, make_model
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.utils.data import RandomSampler, SequentialSampler
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from axolotl_medusa.losses import prediction
 from axolotl_medusa.model.anatomy import backbone
@@ -227,6 +228,43 @@ def test_epoch_shuffle_depends_on_seed_and_epoch_alone():
     two.set_epoch(1)
     assert list(one) == list(two)
     assert list(EpochShuffle(50, seed=2)) != list(EpochShuffle(50, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "shuffled"),
+    [
+        (RandomSampler, {}, True),
+        (RandomSampler, {"is_training": True}, True),
+        (RandomSampler, {"is_training": False}, False),
+        (SequentialSampler, {"is_training": False}, False),
+        (SequentialSampler, {}, False),
+    ],
+)
+def test_only_packed_training_data_is_shuffled_and_axolotl_hears_which_it_is(base, options, shuffled, monkeypatch):
+    calls = []
+
+    def packer(_self, base_sampler, dataset, **given):
+        calls.append((base_sampler, given))
+        return SimpleNamespace(epoch=0)
+
+    monkeypatch.setattr(AxolotlTrainer, "_create_multipack_sampler", packer)
+    trainer = object.__new__(MedusaTrainer)
+    trainer.args = SimpleNamespace(seed=1, data_seed=None)
+    data = Dataset.from_dict({"input_ids": [[1], [2]]})
+    trainer._create_multipack_sampler(base(data), data, **options)
+    ((sampler, given),) = calls
+    assert isinstance(sampler, EpochShuffle if shuffled else base) and given == options
+
+
+def test_loss_is_not_logged_as_a_perplexity(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(Trainer, "log", lambda _self, logs, *_: seen.update(logs))
+    trainer = object.__new__(MedusaTrainer)
+    trainer.args = SimpleNamespace(world_size=1, include_tkps=False)
+    trainer._medusa_sums, trainer._medusa_factor = {"train": None, "eval": None}, 1.0
+    trainer._stored_metrics = {"train": {}, "eval": {}}
+    trainer.log({"loss": 1.0})
+    assert seen["loss"] == 1.0 and ("ppl" in seen) is not hasattr(AxolotlTrainer, "reports_token_perplexity")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ Contract: imports nothing of ours and neither axolotl nor torch. Defaults come f
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -175,11 +175,35 @@ class MedusaArgs(BaseModel):
         return self
 
 
+PATH_KEYS = {"medusa_init_from_dir": "medusa_init_from", "medusa_hidden_cache_dir": "medusa_hidden_cache"}
+"""Other names of the keys that hold paths. Axolotl's telemetry leaves the values of keys with `dir` in their name out, and it
+sends the YAML before any plugin is loaded."""
+
+
+def take_path_keys(cfg: MutableMapping[str, Any]) -> list[str]:
+    """Moves what stands under another name of a key to the key.
+
+    Args:
+        cfg: The YAML before validation; changed in place.
+
+    Returns:
+        A line for each key that the YAML has under both names.
+    """
+    problems = []
+    for name, key in PATH_KEYS.items():
+        if name in cfg:
+            value = cfg.pop(name)
+            if value is not None and cfg.get(key) is not None:
+                problems.append(f"{name} and {key} are two names of one key: remove one of the two")
+            cfg[key] = cfg.get(key) if value is None else value
+    return problems
+
+
 def unknown_key_problems(cfg: Mapping[str, Any]) -> list[str]:
     """One line for each `medusa_*` key that does not exist, with the nearest one that does."""
     problems = []
     for key in sorted(str(key) for key in cfg if str(key).startswith("medusa")):
-        if key not in MedusaArgs.model_fields:
+        if key not in MedusaArgs.model_fields and key not in PATH_KEYS:
             names = [name.removeprefix("medusa_") for name in MedusaArgs.model_fields]
             stem = key.removeprefix("medusa").lstrip("_")
             nearest = difflib.get_close_matches(stem, names, n=1, cutoff=0.5)

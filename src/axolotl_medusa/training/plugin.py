@@ -20,6 +20,8 @@ from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.anatomy import embedding_shape, output_embedding, probe_logits
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.model.heads_directory import acting_output_layer, load_into, open_heads
+from axolotl_medusa.training.args import PATH_KEYS, take_path_keys
+from axolotl_medusa.training.axolotl_versions import keep_from_telemetry, missing_fsdp_version, unread_options
 from axolotl_medusa.training.datasets import dataset_problems
 from axolotl_medusa.training.earlier_stage import adapter_with_heads_problems, take_heads_of_earlier_stage
 from axolotl_medusa.training.lora_kernels import (
@@ -28,6 +30,7 @@ from axolotl_medusa.training.lora_kernels import (
     reason_against_kernels,
     switch_kernels_off,
 )
+from axolotl_medusa.training.merged import trained_heads, write_heads_of_merged
 from axolotl_medusa.training.named_files import heads_directory
 from axolotl_medusa.training.objective import install_objective
 from axolotl_medusa.training.precision import half_precision_problems, precision_is_left_to_axolotl
@@ -52,6 +55,13 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
 
     def register(self, cfg: DictDefault, **_: Any) -> None:
         """Validates the Medusa part of the YAML; all of its errors are reported together."""
+        keep_from_telemetry(PATH_KEYS.values())
+        if unread := unread_options(sys.argv):
+            raise stop(
+                f"`axolotl` hands {' '.join(unread)} to its launcher, which does not train with it: run "
+                "`accelerate launch -m axolotl.cli.train x.yml --medusa_num_heads=3`, or write the key into the YAML"
+            )
+        problems = take_path_keys(cfg)
         if cfg.get("merge_lora") and merge_would_part(cfg):
             LOG.warning(merge_advice(cfg.get("lora_model_dir") or cfg.get("output_dir")))
         self._fill_in_for_axolotl(cfg)
@@ -63,7 +73,7 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
                 LOG.warning(f"set by the plugin: {line}")
         except ValueError as error:
             raise stop(str(error)) from None
-        problems = config_problems(cfg)
+        problems += config_problems(cfg, missing_fsdp_version())
         problems += adapter_with_heads_problems(cfg)
         problems += cuda_kernel_problems(cfg, torch.cuda.is_available())
         problems += half_precision_problems(cfg, torch.accelerator.is_available())
@@ -147,6 +157,22 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
             raise stop(str(error)) from None
         if problems:
             raise stop("; ".join(problems))
+
+    def post_lora_merge(self, cfg: DictDefault, adapter_path: str, output_path: str) -> None:
+        """Writes the heads that belong to a merged model beside it, where axolotl says that it has merged one."""
+        heads_dir = trained_heads(adapter_path, cfg.output_dir)
+        if heads_dir is None:
+            LOG.warning(f"no heads beside the merged model in {output_path}: there are none in {adapter_path}")
+            return
+        if merge_would_part(cfg):
+            LOG.warning(
+                f"no heads beside the merged model in {output_path}, whose logits are not those that they learnt"
+            )
+            return
+        try:
+            LOG.info(f"Medusa heads of the merged model: {write_heads_of_merged(heads_dir, output_path)}")
+        except ValueError as error:
+            raise stop(str(error)) from None
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: MedusaTrainer) -> list[Any]:
         """Hands the YAML to the trainer: the one hook after its creation that training and `axolotl evaluate` share."""

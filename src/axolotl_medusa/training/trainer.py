@@ -80,9 +80,11 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
 
     Attributes:
         medusa_trains: Whether this trainer was made to train; otherwise an evaluation first loads what training left.
+        reports_token_perplexity: False: the loss is no mean over tokens, and axolotl's `ppl` of it would mislead.
     """
 
     medusa_trains = False
+    reports_token_perplexity = False
     _is_loaded = False
     _cached_rows: CachedRows | None = None
 
@@ -260,11 +262,12 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         """Every data set passes here, also one that is handed to `evaluate`."""
         return super()._get_dataloader(token_columns_only(dataset), *args, **kwargs)
 
-    def _create_multipack_sampler(self, base_sampler: Sampler[int], dataset: Any) -> Any:
-        if isinstance(base_sampler, RandomSampler):
+    def _create_multipack_sampler(self, base_sampler: Sampler[int], dataset: Any, **options: Any) -> Any:
+        """Axolotl's packer, for training on our permutation; newer axolotl says whether it is for training."""
+        if isinstance(base_sampler, RandomSampler) and options.get("is_training", True):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             base_sampler = EpochShuffle(len(dataset), seed)
-        packer = super()._create_multipack_sampler(base_sampler, dataset)
+        packer = super()._create_multipack_sampler(base_sampler, dataset, **options)
         if isinstance(base_sampler, EpochShuffle):
             base_sampler.packer = packer
         return packer

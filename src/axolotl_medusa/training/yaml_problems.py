@@ -20,11 +20,12 @@ _LONGEST_LINE = 1000
 """Characters."""
 
 
-def config_problems(cfg: Mapping[str, Any]) -> list[str]:
+def config_problems(cfg: Mapping[str, Any], missing_fsdp_version: int = 1) -> list[str]:
     """Everything that is wrong with the Medusa part of a YAML, one line each, found before the model loads.
 
     Args:
         cfg: The whole YAML as a mapping, before or after axolotl's own validation.
+        missing_fsdp_version: What axolotl takes where the YAML has no `fsdp_version`.
 
     Returns:
         Lines that say what was found, what was expected and what to do; empty when all is well.
@@ -45,6 +46,7 @@ def config_problems(cfg: Mapping[str, Any]) -> list[str]:
     if "medusa_num_heads" not in bad:
         problems += _size_problems(args, cfg)
     problems += _trainer_problems(args, cfg)
+    problems += _fsdp_problems(cfg, missing_fsdp_version)
     problems += _hidden_cache_problems(args, cfg)
     problems += file_problems(args, cfg, bad)
     problems += learning_rate_problems(args, cfg)
@@ -168,20 +170,22 @@ def _trainer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"{key} is {value}: targets of Medusa heads reach across its parts and it is not supported; remove it"
             )
-    fsdp_config = cfg.get("fsdp_config") or {}
-    if fsdp_config or cfg.get("fsdp"):
-        nested = (
-            (fsdp_config.get("fsdp_version") or fsdp_config.get("version"))
-            if isinstance(fsdp_config, Mapping)
-            else None
-        )
-        version = str(cfg.get("fsdp_version") or nested or 1)  # axolotl's own default
-        if version != "2":
-            problems.append(
-                f"fsdp_version is {version}: its flattened parameters cannot hold heads beside frozen layers; "
-                "set fsdp_version: 2"
-            )
     return problems
+
+
+def _fsdp_problems(cfg: Mapping[str, Any], missing_fsdp_version: int) -> list[str]:
+    fsdp_config = cfg.get("fsdp_config") or {}
+    if not fsdp_config and not cfg.get("fsdp"):
+        return []
+    nested = (
+        (fsdp_config.get("fsdp_version") or fsdp_config.get("version")) if isinstance(fsdp_config, Mapping) else None
+    )
+    version = str(cfg.get("fsdp_version") or nested or missing_fsdp_version)
+    if version == "2":
+        return []
+    return [
+        f"fsdp_version is {version}: its flattened parameters cannot hold heads beside frozen layers; set fsdp_version: 2"
+    ]
 
 
 def _hidden_cache_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
