@@ -30,7 +30,7 @@ PRELOAD = [
     "axolotl_medusa.training.plugin",
     "bitsandbytes",
     "torchao.optim",
-    "warm_packing",
+    "warm_start",
 ]
 TIMEOUT_S = 150
 
