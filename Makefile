@@ -8,7 +8,7 @@
 # PYTHON=python3.12 make ...   the other line of versions (docs/versions.md), in .venv-3.12
 PYTHON ?= python3.11
 JOBS ?= 2
-PLUGIN_TESTS = tests/training tests/losses tests/model/test_anatomy.py tests/e2e/test_train.py tests/e2e/test_evaluate.py tests/e2e/test_distributed.py
+PLUGIN_TESTS = tests/training tests/losses tests/model tests/e2e/test_train.py tests/e2e/test_distributed.py::test_two_ddp_processes_equal_one
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 ifeq ($(VERSION)$(filter file,$(origin PYTHON)),)
@@ -39,7 +39,7 @@ test: venv lint
 	$(VENV)/bin/python -m pytest -m "not vllm" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-plugin: venv
-	$(VENV)/bin/python -m pytest $(PLUGIN_TESTS) --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(VENV)/bin/python -m pytest $(PLUGIN_TESTS) --numprocesses $(JOBS) --dist load $(ARGS)
 
 test-cuda: venv
 	MEDUSA_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest tests/losses/test_chunked.py tests/losses/test_matmuls.py tests/training/test_objective.py $(ARGS)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import axolotl_medusa
+import axolotl_medusa.training
 
 PACKAGE = Path(axolotl_medusa.__file__).parent
 MAY_IMPORT = {
@@ -185,6 +186,7 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 import axolotl_medusa
+import axolotl_medusa.training
 for name in {modules}:
     importlib.import_module("axolotl_medusa." + name)
 from axolotl_medusa import MedusaHeads, MedusaModel
@@ -232,12 +234,16 @@ def test_plugin_that_cannot_be_imported_is_a_runtime_error(broken_plugin):
         from axolotl_medusa import MedusaPlugin  # noqa: F401
 
 
-def test_axolotl_stops_at_a_plugin_that_cannot_be_imported(broken_plugin):
+def test_axolotl_stops_at_a_plugin_that_cannot_be_imported(broken_plugin, monkeypatch):
     """Axolotl swallows an ImportError inside a plugin and would train on without heads."""
+    from axolotl.cli.config import prepare_plugins
     from axolotl.integrations.base import PluginManager
+    from axolotl.utils.dict import DictDefault
 
+    manager = PluginManager.get_instance()
+    monkeypatch.setattr(manager, "plugins", type(manager.plugins)())
     with pytest.raises(RuntimeError, match="MedusaPlugin cannot be imported"):
-        PluginManager.get_instance().register("axolotl_medusa.MedusaPlugin")
+        prepare_plugins(DictDefault(plugins=["axolotl_medusa.MedusaPlugin"]))
 
 
 def test_plugin_is_axolotls_and_other_names_are_attribute_errors():

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from axolotl.integrations.base import BasePlugin
 from axolotl_process import log_history
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from axolotl_medusa.decoding.load_target import load_target
 from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.model.heads_directory import read_heads
+from axolotl_medusa.model.sources import find_source
 from axolotl_medusa.serving.model_card import measured_in_training
 
 pytestmark = pytest.mark.e2e
@@ -126,6 +129,7 @@ def test_train_medusa2_lora_result_loads_in_plain_peft_and_merges(make_yaml, axo
     axolotl("merge_lora", config, f"--lora_model_dir={out}")
     _, info = AutoModelForCausalLM.from_pretrained(out / "merged", output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"]
+    assert_heads_belong_to(out / "merged")
     logs = [entry for entry in log_history(out) if "loss" in entry]
     assert logs[-1]["base_kl"] >= 0 and "base_ce" in logs[-1]
     assert [entry["medusa_scheduler_coefficient"] for entry in logs] == pytest.approx([0.0, 0.5**0.5, 1.0, 1.0])
@@ -142,6 +146,18 @@ def test_train_medusa2_lora_legacy_merge_has_no_heads_inside(make_yaml, axolotl,
     axolotl("merge_lora", config, f"--lora_model_dir={tmp_path / 'out'}")
     merged = load_file(tmp_path / "out" / "merged" / "model.safetensors")
     assert not [name for name in merged if "medusa" in name]
+    assert_heads_belong_to(tmp_path / "out" / "merged")
+
+
+def assert_heads_belong_to(merged: Path) -> None:
+    """Where axolotl tells plugins of a merge, heads lie beside the merged model and decode with it."""
+    if not hasattr(BasePlugin, "post_lora_merge"):
+        assert not (merged / "medusa_heads").exists()
+        return
+    model, file = load_target(merged, dtype=torch.float32)
+    assert torch.equal(file.tensors["lm_heads.0.weight"], model.lm_head.weight)
+    assert file.config["base_model_name_or_path"] == str(merged)
+    assert find_source(merged / "medusa_heads").model_dir() == merged
 
 
 @pytest.mark.parametrize("form", ["separate", "shared"])
