@@ -37,7 +37,7 @@ LAYERS = {"cpu": 1, "gpu": 36}
 def steps() -> dict[str, tuple[dict, str, dict]]:
     """Every measured step by its file and name."""
     found = {}
-    for file in sorted(RESULTS.glob("train_step*.json")):
+    for file in (RESULTS / "estimate.json", *sorted(RESULTS.glob("train_step*.json"))):
         content = json.loads(file.read_text(encoding="utf-8"))
         for name, step in content["steps"].items():
             if not content.get("liger"):

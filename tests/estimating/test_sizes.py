@@ -49,6 +49,21 @@ def test_qwen3s_norms_of_queries_and_keys_count_at_their_full_width():
     assert qwen3.normed == 2 * HIDDEN + qwen3.queries + qwen3.keys == 2 * HIDDEN + 32 + 16
 
 
+def test_inner_size_is_that_of_all_experts_of_a_token():
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "hidden_size": 32}
+    small = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": VOCAB,
+    }
+    assert (
+        sizes_of("model", {"model_type": "qwen3_moe", "intermediate_size": 64, **small, **experts}).intermediate == 48
+    )
+    assert sizes_like(make_model("llama")).intermediate == 64
+
+
 def test_config_of_a_directory_and_of_the_hubs_cache(tmp_path, monkeypatch):
     make_model("llama").config.save_pretrained(tmp_path / "model")
     snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / ("0" * 40)

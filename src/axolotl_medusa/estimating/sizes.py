@@ -7,7 +7,7 @@ memory (torch's `meta` device), so that every family that transformers knows is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,16 +203,12 @@ def _measured(name: str, config: Any, model: Any) -> ModelSizes:
         id(p): p for module in (model.get_input_embeddings(), output_embedding(model)) for p in module.parameters()
     }
     embeddings = sum(parameter.numel() for parameter in inner.values())
-    is_mlp = [m for m in matrices if m.inputs == config.hidden_size and ("up" in m.name or "fc" in m.name)]
-    intermediate = getattr(config, "intermediate_size", None) or (
-        is_mlp[0].outputs if is_mlp else 4 * config.hidden_size
-    )
     return ModelSizes(
         name=name,
         hidden=config.hidden_size,
         vocab=output_embedding(model).weight.shape[0],
         layers=len(layers),
-        intermediate=int(intermediate),
+        intermediate=_intermediate(config, matrices),
         queries=heads * size,
         keys=keys,
         attention_heads=heads,
@@ -222,3 +218,16 @@ def _measured(name: str, config: Any, model: Any) -> ModelSizes:
         embeddings=embeddings,
         others=sum(total.values()) - decoder - embeddings,
     )
+
+
+def _intermediate(config: Any, matrices: Sequence[Matrix]) -> int:
+    """Inner size of the MLP: of all experts that a token goes through, where there are several."""
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    of_expert = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
+    size = of_expert or getattr(config, "intermediate_size", None)
+    if not size:  # GPT-2 calls it otherwise
+        size = max(
+            (matrix.outputs for matrix in matrices if matrix.inputs == config.hidden_size),
+            default=4 * config.hidden_size,
+        )
+    return int(experts * size)
