@@ -45,6 +45,34 @@ def test_four_bits_hold_the_layers_matrices_alone():
     assert base_weights(found) == pytest.approx(0.516 * matrices + 2 * (SIZES.parameters - matrices))
 
 
+def test_ddp_holds_a_second_copy_of_all_gradients_in_its_buckets():
+    one, two = (memory_of(plan(MEDUSA_2, gpus)) for gpus in (1, 2))
+    assert two.gradients - one.gradients == 4 * plan(MEDUSA_2).trained
+    assert (two.weights, two.heads, two.optimizer) == (one.weights, one.heads, one.optimizer)
+
+
+def test_zero_holds_values_in_bf16_and_parts_of_fp32_copies():
+    found = {stage: memory_of(plan(MEDUSA_2, 4, f"zero-{stage}")) for stage in (1, 2, 3)}
+    trained, own_outputs, bucket = plan(MEDUSA_2).trained, plan(MEDUSA_2).own_outputs, SIZES.hidden**2
+    assert {found[stage].heads for stage in (1, 2)} == {2 * trained + 4 * trained / 4}
+    assert found[3].heads == 2 * trained / 4 + 4 * trained / 4
+    assert {memory.optimizer for memory in found.values()} == {8 * trained / 4}
+    at_step = 4 * trained / 4
+    assert found[1].gradients == 2 * trained + at_step + 2 * 2 * 500_000_000 + 2 * own_outputs
+    assert found[2].gradients == 2 * trained / 4 + at_step + 2 * 2 * bucket + 2 * own_outputs
+    assert found[3].gradients == 2 * trained / 4 + at_step + 2 * bucket
+    assert found[3].gathered == 2 * 1_000_000_000
+
+
+def test_fsdp2_holds_parts_in_the_loaded_type_and_gathers_heads_and_embeddings_together():
+    memory, found = memory_of(plan(MEDUSA_2, 4, "fsdp2")), plan(MEDUSA_2)
+    assert memory.heads == 4 * found.trained / 4
+    assert memory.optimizer == 8 * found.trained / 4
+    assert memory.gradients == 4 * found.trained / 4 + 2 * found.trained  # micro-batches are added up unshared
+    root = SIZES.embeddings + SIZES.others + found.head_parameters
+    assert memory.gathered == pytest.approx(2 * root + 2 * 2 * SIZES.layer)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_engines_share_out_more_from_one_to_the_next(recipe):
     """ZeRO-1 shares out what DDP does not, ZeRO-2 gradients too, ZeRO-3 and FSDP2 weights too."""
