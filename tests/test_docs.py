@@ -30,8 +30,8 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_pages_with_tables_from_the_code_are_two():
-    assert WRITTEN == ["docs/old_yamls.md", "docs/yaml_keys.md"]
+def test_pages_with_tables_from_the_code_are_four():
+    assert WRITTEN == ["docs/old_yamls.md", "docs/scaling.md", "docs/yaml_keys.md", "examples/medusa/README.md"]
     assert {mark[1] for name in WRITTEN for mark in MARKED.finditer(text_of(name))} == set(TABLES)
 
 
@@ -53,6 +53,15 @@ def test_table_of_renamed_keys_has_every_key():
     assert all(f"| `{key}` | {hint} |" in page for key, hint in RENAMED_BY_AXOLOTL.items())
 
 
+def test_scaling_page_has_every_engine_for_8_64_and_512_gpus():
+    tables = text_of("docs/scaling.md").split("<!-- table ")[1:]
+    assert [table.split(" ")[0] for table in tables] == ["scaling_memory", "scaling_network"]
+    for each in tables:
+        assert "| recipe | engine | 8 GPUs | 64 GPUs | 512 GPUs |" in each
+        rows = [line.split(" | ")[:2] for line in each.splitlines() if line.startswith("| Medusa")]
+        assert rows == [[f"| {recipe}", engine] for recipe in write_pages.SCALING for engine in write_pages.ENGINES]
+
+
 def test_table_escapes_what_would_end_a_cell():
     assert table(("a",), [("b | c",)]) == "| a |\n| --- |\n| b \\| c |\n"
 
@@ -61,6 +70,7 @@ def test_pages_are_written_where_their_tables_have_changed(tmp_path, monkeypatch
     (tmp_path / "prose.md").write_text("nothing is marked here\n")
     (tmp_path / "keys.md").write_text("# Keys\n<!-- table yaml_keys -->\nold\n<!-- end -->\nAfter.\n")
     monkeypatch.setattr(write_pages, "FOLDER", tmp_path)
+    monkeypatch.setattr(write_pages, "EXAMPLES", tmp_path / "none")
     write_pages.main()
     assert capsys.readouterr().out == f"written: {tmp_path / 'keys.md'}\n"
     begin, end = "# Keys\n<!-- table yaml_keys -->\n", "<!-- end -->\nAfter.\n"

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "serving": {"model"},
     "decoding": {"model"},
     "training": {"losses", "model"},
+    "estimating": {"losses", "model", "training"},
     "measuring": {"decoding", "model"},
     "terminal": {"decoding", "measuring", "model"},
 }
@@ -52,6 +53,8 @@ STAYS_LIGHT = {
     "decoding.tree",
     "decoding.tree_chooser",
     "errors",
+    "estimating.plan",
+    "estimating.sizes",
     "measuring.plots",
     "measuring.training_plots",
     "measuring.tree_search",

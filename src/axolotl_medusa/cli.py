@@ -222,7 +222,43 @@ def _plot(options: argparse.Namespace) -> None:
         print(f"plot: {file}")
 
 
+def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "yaml", metavar="X.yml", help="the YAML of a training; its model's config is here or in the Hub's cache"
+    )
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default: 1)")
+    parser.add_argument("--engine", metavar="E", help="ddp, zero-1, zero-2, zero-3 or fsdp2 (default: the YAML's)")
+    parser.add_argument("--cpu", action="store_true", help="it trains on CPUs, in processes instead of GPUs")
+    parser.add_argument(
+        "--gpu-gib", type=float, metavar="G", help="memory of a GPU: says what to change if it does not fit"
+    )
+    parser.add_argument(
+        "--tokens-per-s", type=float, metavar="R", help="of one GPU: says how long a million tokens take"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    import json
+
+    from axolotl_medusa.estimating.plan import yaml_of
+    from axolotl_medusa.estimating.report import estimate, text_of
+
+    found = estimate(
+        yaml_of(options.yaml),
+        gpus=options.gpus,
+        engine=options.engine,
+        device="cpu" if options.cpu else "gpu",
+        gpu_gib=options.gpu_gib,
+        tokens_per_s=options.tokens_per_s,
+    )
+    print(json.dumps(found.to_json(), indent=2) if options.json else text_of(found))
+
+
 COMMANDS = {
+    "estimate": Command(
+        "compute memory and time of a training before anything is loaded", _estimate_arguments, _estimate
+    ),
     "export": Command("write trained heads in the format of a server", _export_arguments, _export),
     "import": Command("turn published heads into what training writes", _import_arguments, _import),
     "push": Command("upload an export to the Hugging Face Hub", _push_arguments, _push),

@@ -5,7 +5,7 @@ Contract: knows the YAML and an optimizer's `param_groups`; imports neither axol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from axolotl_medusa.training.args import MedusaArgs
@@ -14,14 +14,25 @@ from axolotl_medusa.training.named_files import deepspeed_config
 _SCALED_SCHEDULERS = {"WarmupCosineLR"}
 """DeepSpeed's schedulers that scale each group's learning rate; the others set one for all."""
 
+_RATES_OF_MODULES = ("lr_groups", "loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale")
+"""Keys that give some modules a learning rate of their own."""
+
+_OWN_GROUPS = {"muon", "muon_8bit", "dion", "sinkgd"}
+"""Optimizers that axolotl makes from the whole model, past those keys."""
+
 
 def learning_rate_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
-    """One line for each choice in the YAML under which `medusa_lr_multiplier` would do nothing."""
-    if args.medusa_lr_multiplier == 1.0:
-        return []
-    found = f"medusa_lr_multiplier is {args.medusa_lr_multiplier:g} but "
+    """One line for each choice in the YAML under which a learning rate of its own would do nothing."""
     optimizer = str(getattr(cfg.get("optimizer"), "value", cfg.get("optimizer")))
-    problems = []
+    problems = [
+        f"{key} is set but optimizer: {optimizer} makes its groups without it, and it would do nothing; use another optimizer or "
+        f"remove {key}"
+        for key in _RATES_OF_MODULES
+        if cfg.get(key) and optimizer in _OWN_GROUPS
+    ]
+    if args.medusa_lr_multiplier == 1.0:
+        return problems
+    found = f"medusa_lr_multiplier is {args.medusa_lr_multiplier:g} but "
     if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
         problems.append(
             f"{found}optimizer: {optimizer} steps every parameter with one learning rate; use another optimizer or remove "
@@ -60,14 +71,33 @@ def _part(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, Mapping) else None
 
 
-def separate_heads(optimizer: Any, heads: Iterable[Any], multiplier: float, own_rate: float | None) -> None:
+def rates_of_heads(
+    names: Iterable[str], rate: float, lr_groups: Sequence[Mapping[str, Any]] | None
+) -> dict[str, float]:
+    """Learning rate of each of the heads' parameters before it is multiplied.
+
+    Axolotl gives a rate of `lr_groups` to matrices alone; the biases of heads have the one of their matrices here.
+
+    Args:
+        names: Full names of the heads' parameters in the model.
+        rate: The run's.
+        lr_groups: The YAML's; the first of their modules that is part of a name counts, as in axolotl.
+    """
+    of_module = {module: float(group["lr"]) for group in lr_groups or () for module in group["modules"]}
+    return {name: next((own for module, own in of_module.items() if module in name), rate) for name in names}
+
+
+def separate_heads(
+    optimizer: Any, heads: Iterable[Any], multiplier: float, own_rates: Mapping[int, float] | None
+) -> None:
     """Moves the heads' parameters into groups of their own learning rate.
 
     Args:
         optimizer: A fresh optimizer.
         heads: The heads' parameters.
         multiplier: Their learning rate relative to that of the group they are in.
-        own_rate: Learning rate that is multiplied instead of the group's, where groups are made for other modules.
+        own_rates: Learning rates by the parameters' ids that are multiplied instead of the group's, where groups are made for
+            other modules.
 
     Raises:
         ValueError: Groups that hold the heads have no learning rate, or none holds them.
@@ -83,8 +113,12 @@ def separate_heads(optimizer: Any, heads: Iterable[Any], multiplier: float, own_
             break
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         options = {key: value for key, value in group.items() if key != "params"}
-        rate = options["lr"] if own_rate is None else own_rate
-        optimizer.add_param_group({**options, "params": parameters, "lr": rate * multiplier})
+        by_rate: dict[float, list[Any]] = {}
+        for parameter in parameters:
+            rate = options["lr"] if own_rates is None else own_rates[id(parameter)]
+            by_rate.setdefault(rate, []).append(parameter)
+        for rate, members in by_rate.items():
+            optimizer.add_param_group({**options, "params": members, "lr": rate * multiplier})
         moved += len(parameters)
     if not moved:
         raise ValueError(

@@ -35,7 +35,12 @@ from axolotl_medusa.training.hidden_cache import (
     cache_identity,
     dataset_samples,
 )
-from axolotl_medusa.training.learning_rates import heads_group_for_deepspeed, left_out, separate_heads
+from axolotl_medusa.training.learning_rates import (
+    heads_group_for_deepspeed,
+    left_out,
+    rates_of_heads,
+    separate_heads,
+)
 from axolotl_medusa.training.loading import load_heads, load_trained_model
 from axolotl_medusa.training.objective import Objective, metric_names
 from axolotl_medusa.training.saving import HeadsSaver
@@ -46,9 +51,9 @@ from axolotl_medusa.training.trainable import check_trainable, set_trainable
 LOG = get_logger(__name__)
 
 
-_RATES_OF_OTHER_MODULES = ("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale")
-"""Keys with a learning rate for LoRA's B matrices or for embeddings; axolotl would count biases or output layers of heads
-among them."""
+_RATES_OF_OTHER_MODULES = ("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale", "lr_groups")
+"""Keys with a learning rate for LoRA's B matrices, for embeddings or for chosen modules; axolotl would count biases or output
+layers of heads among the former, and leaves biases out of the latter."""
 
 
 def objective_of(cfg: DictDefault) -> Objective:
@@ -277,7 +282,9 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         is_new = self.optimizer is None  # DeepSpeed asks twice, and so does a second try with a smaller batch
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
         rate, multiplier = self.args.learning_rate, self.medusa_cfg.medusa_lr_multiplier
-        heads = list(attached_heads(self.model).parameters())
+        owned = {id(parameter) for parameter in attached_heads(self.model).parameters()}
+        named = {name: each for name, each in self.model.named_parameters() if id(each) in owned}
+        heads = list(named.values())
         for_others = any(getattr(self.args, key, None) is not None for key in _RATES_OF_OTHER_MODULES)
         if not hasattr(optimizer, "param_groups"):  # a stand-in: DeepSpeed makes the optimizer of its configuration
             if multiplier != 1.0:
@@ -290,7 +297,9 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
                 )
             try:
                 if multiplier != 1.0 or for_others:
-                    separate_heads(optimizer, heads, multiplier, rate if for_others else None)
+                    rates = rates_of_heads(named, rate, self.args.lr_groups)
+                    own_rates = {id(named[name]): own for name, own in rates.items()} if for_others else None
+                    separate_heads(optimizer, heads, multiplier, own_rates)
             except ValueError as error:
                 raise stop(str(error)) from None
         return optimizer
