@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from axolotl_medusa.training.args import MedusaArgs, unknown_key_problems
+from axolotl_medusa.training.divided_models import fsdp_problems
 from axolotl_medusa.training.learning_rates import learning_rate_problems
 from axolotl_medusa.training.named_files import file_problems, is_file, named_path
 from axolotl_medusa.training.refused_keys import refused_key_problems
@@ -168,20 +169,7 @@ def _trainer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"{key} is {value}: targets of Medusa heads reach across its parts and it is not supported; remove it"
             )
-    fsdp_config = cfg.get("fsdp_config") or {}
-    if fsdp_config or cfg.get("fsdp"):
-        nested = (
-            (fsdp_config.get("fsdp_version") or fsdp_config.get("version"))
-            if isinstance(fsdp_config, Mapping)
-            else None
-        )
-        version = str(cfg.get("fsdp_version") or nested or 1)  # axolotl's own default
-        if version != "2":
-            problems.append(
-                f"fsdp_version is {version}: its flattened parameters cannot hold heads beside frozen layers; "
-                "set fsdp_version: 2"
-            )
-    return problems
+    return problems + fsdp_problems(cfg)
 
 
 def _hidden_cache_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
