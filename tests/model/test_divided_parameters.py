@@ -161,3 +161,24 @@ def test_local_part_of_a_whole_parameter_is_all_of_it():
     parameter = torch.nn.Parameter(torch.ones(3))
     assert not is_divided(parameter)
     assert torch.equal(local_part(parameter), torch.ones(3))
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of this one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_fill_hands_values_to_a_dtensor_without_replacing_it(mesh):
+    """An optimizer knows the parameter by its identity and its memory."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    parameter = torch.nn.Parameter(distribute_tensor(torch.zeros(3, 2), mesh, [Shard(0)]))
+    memory = parameter.to_local().data_ptr()
+    fill(parameter, torch.arange(6, dtype=torch.float64).view(3, 2))
+    assert parameter.to_local().data_ptr() == memory
+    assert torch.equal(parameter.full_tensor(), torch.arange(6.0).view(3, 2))

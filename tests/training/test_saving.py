@@ -12,7 +12,7 @@ from conftest import HIDDEN, VOCAB, make_model
 from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.model.heads_directory import lm_head_hash, read_heads
 from axolotl_medusa.training import saving
-from axolotl_medusa.training.saving import HeadsSaver
+from axolotl_medusa.training.saving import HeadsSaver, check_heads_were_left
 from axolotl_medusa.training.trainer import MedusaTrainer
 
 
@@ -79,6 +79,40 @@ def test_save_inside_collecting_writes_what_was_collected(only_heads, backbones,
     assert read_heads(tmp_path / "a" / "medusa_heads").tensors["0.0.linear.bias"].abs().max() == 0
     assert len(own.model.written) == backbones
     assert not any("medusa_heads" in name for written in own.model.written for name in written)
+
+
+@pytest.mark.parametrize("by_itself", [True, False], ids=["engine-saves-by-itself", "engine-asks-the-model"])
+def test_saving_leaves_heads_whatever_the_engine_saves(by_itself, saver, tmp_path):
+    own = saver(only_heads=False)
+    with own.saving(tmp_path / "a", writes=True):
+        own.model.medusa_heads[0][0].linear.bias.data.fill_(7.0)  # later than the copy
+        if not by_itself:
+            own.model.save_pretrained(tmp_path / "a", state_dict=own.model.state_dict())
+    assert read_heads(tmp_path / "a" / "medusa_heads").tensors["0.0.linear.bias"].abs().max() == 0
+    assert own.written == [tmp_path / "a"], "once"
+    check_heads_were_left(str(tmp_path / "a"), own.written)
+
+
+def test_saving_on_a_rank_that_does_not_write_leaves_nothing(saver, tmp_path):
+    own = saver(only_heads=False)
+    with own.saving(tmp_path / "a", writes=False):
+        pass
+    assert own.written == [] and not (tmp_path / "a").exists()
+
+
+def test_heads_of_an_earlier_run_are_not_those_of_this_one(saver, tmp_path):
+    saver().model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"no heads were written to {tmp_path}/medusa_heads: .* the last checkpoint"):
+        check_heads_were_left(str(tmp_path), [tmp_path / "checkpoint-4"])
+
+
+def test_heads_that_are_not_whole_are_an_error(saver, tmp_path):
+    own = saver()
+    own.model.save_pretrained(tmp_path)
+    file = tmp_path / "medusa_heads" / "medusa_lm_head.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"medusa_lm_head\.safetensors"):
+        check_heads_were_left(str(tmp_path), own.written)
 
 
 def test_save_of_divided_weights_by_one_rank_stops_and_names_the_last_whole_checkpoint(saver, tmp_path):

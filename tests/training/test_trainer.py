@@ -219,6 +219,13 @@ def test_heads_dtype_is_fp32_under_autocast_and_the_backbones_without():
     assert str(heads_dtype(model, config(bf16=False))) == "torch.bfloat16"
 
 
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+def test_heads_dtype_is_what_the_yaml_says_whatever_the_backbone(wanted):
+    for model in (make_model(), make_model().bfloat16()):
+        for bf16 in (True, False):
+            assert str(heads_dtype(model, config(bf16=bf16, medusa_heads_dtype=wanted))) == f"torch.{wanted}"
+
+
 def test_epoch_shuffle_depends_on_seed_and_epoch_alone():
     one, two = EpochShuffle(50, seed=1), EpochShuffle(50, seed=1)
     assert list(one) == list(two) == list(one)
@@ -314,7 +321,7 @@ def test_checkpoint_without_heads_that_fit_is_one_line(method, tmp_path):
         model=with_heads(make_model()),
         state=SimpleNamespace(best_model_checkpoint=str(tmp_path)),
         medusa_cfg=config(medusa_only_heads=True),
-        _engine_keeps_heads=False,
+        is_deepspeed_enabled=False,
     )
     trainer._load_heads = MethodType(MedusaTrainer._load_heads, trainer)
     with pytest.raises(SystemExit, match=f"axolotl-medusa: {tmp_path}/medusa_heads/.* does not exist"):

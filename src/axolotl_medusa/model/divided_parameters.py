@@ -79,7 +79,22 @@ def host_copy(parameter: Tensor, keep: bool = True) -> Tensor | None:
 
 
 def fill(parameter: Tensor, values: Tensor | LazyTensor) -> None:
-    """Sets a parameter to `values`; of one that ZeRO-3 has partitioned rank 0 alone reads them."""
+    """Sets a parameter to `values`; of one that is divided rank 0 alone reads them, and every rank must call."""
+    reads = not is_divided(parameter) or torch.distributed.get_rank() == 0
+    read = (values.load() if isinstance(values, LazyTensor) else values) if reads else None
     with torch.no_grad(), gathered([parameter], write=True):
-        if not hasattr(parameter, "ds_shape") or torch.distributed.get_rank() == 0:
-            parameter.copy_(values.load() if isinstance(values, LazyTensor) else values)
+        if callable(getattr(parameter, "full_tensor", None)):
+            _scatter(cast(Any, parameter), read)
+        elif read is not None:
+            parameter.copy_(read)
+
+
+def _scatter(parameter: Any, values: Tensor | None) -> None:
+    """Hands each rank its part of rank 0's `values`."""
+    from torch.distributed.tensor import distribute_tensor
+
+    device = torch.device(parameter.device_mesh.device_type)
+    if values is None:
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    parts: Any = distribute_tensor(values.to(device, parameter.dtype), parameter.device_mesh, parameter.placements)
+    parameter.to_local().copy_(parts.to_local())

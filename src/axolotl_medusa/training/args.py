@@ -113,6 +113,11 @@ class MedusaArgs(BaseModel):
         description="separate: each head owns an output layer started from lm_head (v1). shared: heads reuse lm_head (v2). Default "
         "separate: the paper's (section 2.1.1).",
     )
+    medusa_heads_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Type of the heads' parameters, whatever the base model's. bfloat16 halves their memory, but rounds small steps "
+        "away. Default auto, ours: float32 with bf16, fp16 or an adapter, else the base model's.",
+    )
     medusa_init_from: str | None = Field(
         default=None,
         description="Heads directory, or an output_dir that has one, whose heads training starts from: stage 2 after stage 1 (paper, "

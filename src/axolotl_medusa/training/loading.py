@@ -6,6 +6,7 @@ are read tensor by tensor, with ZeRO-3 by rank 0 alone; an adapter, which is sma
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,23 @@ def load_heads(model: nn.Module, directory: str | Path) -> None:
     """
     load_into(model, open_heads(Path(directory) / HEADS_FOLDER))
     LOG.info(f"Medusa heads loaded from {directory}")
+
+
+def accept_what_trains(model: nn.Module) -> None:
+    """Lets `model.load_state_dict` take a checkpoint of the parameters that train alone, which DeepSpeed asks it to load strictly."""
+    load_state_dict = model.load_state_dict
+
+    def load(state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        found = load_state_dict(state_dict, strict=False, assign=assign)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        missing = sorted(trained.intersection(found.missing_keys))
+        if strict and (missing or found.unexpected_keys):
+            raise RuntimeError(
+                f"the checkpoint does not fit the model: it lacks {missing}, and has {found.unexpected_keys}"
+            )
+        return found
+
+    model.load_state_dict = load  # type: ignore[method-assign]
 
 
 def load_trained_model(model: nn.Module, cfg: DictDefault) -> None:

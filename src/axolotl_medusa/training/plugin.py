@@ -6,7 +6,8 @@ Contract: every error that a user can cause ends here in one line and a non-zero
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from axolotl_medusa.model.heads_directory import acting_output_layer, load_into,
 from axolotl_medusa.training.args import PATH_KEYS, take_path_keys
 from axolotl_medusa.training.axolotl_versions import keep_from_telemetry, missing_fsdp_version, unread_options
 from axolotl_medusa.training.datasets import dataset_problems
+from axolotl_medusa.training.divided_models import loads_no_weights, save_whole_at_the_end
 from axolotl_medusa.training.earlier_stage import adapter_with_heads_problems, take_heads_of_earlier_stage
 from axolotl_medusa.training.lora_kernels import (
     cuda_kernel_problems,
@@ -34,8 +36,10 @@ from axolotl_medusa.training.merged import trained_heads, write_heads_of_merged
 from axolotl_medusa.training.named_files import heads_directory
 from axolotl_medusa.training.objective import install_objective
 from axolotl_medusa.training.precision import half_precision_problems, precision_is_left_to_axolotl
+from axolotl_medusa.training.quantized_backbone import quantize_a_frozen_backbone
 from axolotl_medusa.training.renamed_keys import renamed_key_hints
 from axolotl_medusa.training.rendering import check_rendering
+from axolotl_medusa.training.saving import check_heads_were_left
 from axolotl_medusa.training.stopping import stop
 from axolotl_medusa.training.tied_embeddings import merge_advice, merge_would_part, parts_tied_embeddings
 from axolotl_medusa.training.trainable import heads_dtype
@@ -51,6 +55,7 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
 
     _kernels_are_axolotls = False
     _rows_on_disk = 0
+    _written: Collection[Path] | None = None
     _hints: Sequence[str] = ()
 
     def register(self, cfg: DictDefault, **_: Any) -> None:
@@ -65,6 +70,7 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
         if cfg.get("merge_lora") and merge_would_part(cfg):
             LOG.warning(merge_advice(cfg.get("lora_model_dir") or cfg.get("output_dir")))
         self._fill_in_for_axolotl(cfg)
+        quantize_a_frozen_backbone(cfg)
         self._hints = renamed_key_hints(cfg)
         for hint in self._hints:
             LOG.warning(f"renamed by axolotl: {hint}")
@@ -134,7 +140,7 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
 
     def post_model_load(self, cfg: DictDefault, model: nn.Module) -> None:
         """Checks the model's logits: its first forward, now that every layer is as it will train."""
-        if cfg.inference or cfg.merge_lora:
+        if cfg.inference or cfg.merge_lora or loads_no_weights(cfg):
             return
         try:
             probe_logits(model)
@@ -146,6 +152,10 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
         if self._kernels_are_axolotls and cfg.lora_qkv_kernel and (reason := reason_against_kernels(cfg)):
             switch_kernels_off(cfg)
             LOG.warning(f"axolotl's LoRA kernels are switched off, because they do not fit this model: {reason}")
+        if save_whole_at_the_end(cfg):
+            LOG.info(
+                "fsdp_config.final_state_dict_type: FULL_STATE_DICT is set by the plugin, so that the end is written whole"
+            )
         found = tokenizer_and_rows(cfg)
         try:
             if found:
@@ -190,8 +200,18 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
     def post_trainer_create(self, cfg: DictDefault, trainer: MedusaTrainer) -> None:
         """Tells the trainer that it will train; `axolotl evaluate` does not come here."""
         trainer.medusa_trains = True
+        self._written = trainer.medusa_written
         try:
             trainer.open_hidden_cache()
+        except ValueError as error:
+            raise stop(str(error)) from None
+
+    def post_train_unload(self, cfg: DictDefault) -> None:
+        """Ends with an error where the run left no heads: every run comes here once, after all is saved."""
+        if self._written is None:
+            return
+        try:
+            check_heads_were_left(cfg.output_dir, self._written)
         except ValueError as error:
             raise stop(str(error)) from None
 
@@ -234,7 +254,8 @@ def attach(cfg: DictDefault, model: nn.Module) -> None:
     )
     if heads.form == "separate":
         with acting_output_layer(model) as weight:
-            heads.start_output_layers_from(weight)
+            if not weight.is_meta:  # else another rank holds the model, and FSDP hands its heads to this one
+                heads.start_output_layers_from(weight)
     attach_heads(model, heads, probe=False)  # LoRA's kernels are bound to the layers only after this hook
     if cfg.medusa_init_from:
         load_into(model, open_heads(heads_directory(cfg.medusa_init_from)))

@@ -7,7 +7,7 @@ from a copy that no rank makes but the one that writes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -27,6 +27,7 @@ from axolotl_medusa.model.heads_directory import (
     heads_file,
     heads_meta,
     heads_tensors,
+    open_heads,
     parameter_hash,
     without_heads,
     write_heads,
@@ -41,12 +42,16 @@ class HeadsSaver:
 
     Axolotl calls the model's own `save_pretrained` directly at the end and on SIGINT, without a hook; so the instance's
     method is replaced, here and nowhere else.
+
+    Attributes:
+        written: Where this process has written heads so far.
     """
 
     def __init__(self, model: Any, cfg: DictDefault, tokenizer: Any) -> None:
         self.model = model
         self.cfg = cfg
         self.tokenizer = tokenizer
+        self.written: list[Path] = []
         self._collected: HeadsFile | None = None
         self._lm_head_sha256: str | None = None
         self._own_save = model.save_pretrained
@@ -67,6 +72,15 @@ class HeadsSaver:
             yield
         finally:
             self._collected = None
+
+    @contextlib.contextmanager
+    def saving(self, directory: str | Path, writes: bool) -> Iterator[None]:
+        """As `collecting`, for what saves the model into `directory`; the heads come there also where that saves by other ways."""
+        with self.collecting(writes):
+            before = len(self.written)
+            yield
+            if writes and Path(directory).resolve() not in self.written[before:]:
+                self.write(directory)
 
     def _collect(self) -> HeadsFile:
         lm_head_sha256 = self._lm_head_hash()
@@ -109,6 +123,7 @@ class HeadsSaver:
         directory = Path(save_directory) / HEADS_FOLDER
         write_heads(directory, self._collected or self._collect())
         self.tokenizer.save_pretrained(str(directory))
+        self.written.append(Path(save_directory).resolve())
         LOG.info(f"Medusa heads saved to {directory}")
 
     def _nothing_saved(self, save_directory: str | Path) -> str:
@@ -122,3 +137,21 @@ class HeadsSaver:
             f"stopped, and nothing was written to {save_directory}: the weights are divided among the ranks, and one rank alone "
             f"was asked to save them, as at Ctrl-C; {resume}"
         )
+
+
+def check_heads_were_left(output_dir: str, written: Collection[Path]) -> None:
+    """Checks at the end of a run that it left heads, whatever engine trained and saved.
+
+    Args:
+        output_dir: Of the run.
+        written: Where the run has written heads.
+
+    Raises:
+        ValueError: They are missing or not whole.
+    """
+    if Path(output_dir).resolve() not in written:
+        raise ValueError(
+            f"training ended, and no heads were written to {Path(output_dir) / HEADS_FOLDER}: axolotl saved the model in a way that "
+            "this plugin does not see; take the heads of the last checkpoint, and report this YAML"
+        )
+    open_heads(Path(output_dir) / HEADS_FOLDER)

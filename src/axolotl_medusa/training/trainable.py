@@ -91,10 +91,12 @@ def check_trainable(model: nn.Module, cfg: DictDefault) -> dict[str, int]:
 
 
 def heads_dtype(model: nn.Module, cfg: DictDefault) -> torch.dtype:
-    """Type of the heads' parameters: fp32 where autocast computes in half precision, else the backbone's.
+    """Type of the heads' parameters: what the YAML says, else fp32 where autocast computes in half precision, else the backbone's.
 
     Heads take small steps from a start at zero, which bf16 parameters would round away.
     """
+    if cfg.medusa_heads_dtype in ("float32", "bfloat16"):
+        return torch.float32 if cfg.medusa_heads_dtype == "float32" else torch.bfloat16
     if cfg.bf16 or cfg.bfloat16 or cfg.fp16 or cfg.adapter:
         return torch.float32
     dtypes = {parameter.dtype for parameter in backbone(causal_lm(model)).parameters() if parameter.is_floating_point()}

@@ -7,16 +7,19 @@ only connects them to axolotl's trainer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper, save_fsdp_optimizer
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
+from transformers.trainer import SCHEDULER_NAME
 
 from axolotl_medusa.losses.prediction import matmul_dtype
 from axolotl_medusa.losses.targets import target_counts
@@ -41,8 +44,9 @@ from axolotl_medusa.training.learning_rates import (
     rates_of_heads,
     separate_heads,
 )
-from axolotl_medusa.training.loading import load_heads, load_trained_model
+from axolotl_medusa.training.loading import accept_what_trains, load_heads, load_trained_model
 from axolotl_medusa.training.objective import Objective, metric_names
+from axolotl_medusa.training.quantized_backbone import trained_by_its_heads
 from axolotl_medusa.training.saving import HeadsSaver
 from axolotl_medusa.training.schedule import parse_schedule, scheduler_factor
 from axolotl_medusa.training.stopping import nonfinite_loss, stop
@@ -93,6 +97,10 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
     _is_loaded = False
     _cached_rows: CachedRows | None = None
 
+    def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
+        with trained_by_its_heads(model):
+            super().__init__(model, *args, **kwargs)
+
     def setup_medusa(self, cfg: DictDefault) -> None:
         """Takes over the model that the plugin attached heads to.
 
@@ -123,6 +131,8 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         counts = check_trainable(self.model, cfg)
         LOG.info("Medusa trains " + ", ".join(f"{part}: {size:,}" for part, size in counts.items()) + " parameters")
         self._saver = HeadsSaver(self.model, cfg, self.processing_class)
+        if cfg.medusa_only_heads and self.is_deepspeed_enabled:
+            accept_what_trains(self.model)
 
     def open_hidden_cache(self) -> None:
         """Opens the `medusa_hidden_cache` of this model and training data, if the YAML wants one, and says how large it is.
@@ -306,43 +316,58 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model (Medusa-2 only) and the heads; every rank must call it, and one of them writes."""
-        with self._saver.collecting(writes=self.args.should_save):
-            if not self.medusa_cfg.medusa_only_heads:
+        directory, writes = output_dir or self.args.output_dir, self.args.should_save
+        if not self.medusa_cfg.medusa_only_heads:
+            with self._saver.saving(directory, writes):
                 super().save_model(output_dir, _internal_call)
-                return
-            if self.args.should_save:  # without gathering a model that is not written
-                self._save(output_dir or self.args.output_dir)
+            return
+        with self._saver.collecting(writes):
+            if writes:  # without gathering a model that is not written
+                self._save(directory)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains; with FSDP the heads are saved here at the end, because axolotl writes an adapter or shards by ways of its own."""
+        """Trains; with FSDP and an adapter the heads are saved here at the end, because axolotl writes the adapter by itself."""
         output = super().train(*args, **kwargs)
-        if self.is_fsdp_enabled:
-            with self._saver.collecting(writes=self.args.should_save):
-                if self.args.should_save:
-                    self._saver.write(self.args.output_dir)
+        if self.is_fsdp_enabled and self.medusa_cfg.adapter:
+            with self._saver.saving(self.args.output_dir, writes=self.args.should_save):
+                pass
         return output
 
+    @property
+    def medusa_written(self) -> Collection[Path] | None:
+        """Where heads have been written so far, growing with the run; None on a rank that writes none."""
+        return self._saver.written if self.args.should_save else None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """In Medusa-1 without the model, which did not change: an engine would write it into every checkpoint."""
+        is_engines = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not self.medusa_cfg.medusa_only_heads or not is_engines:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            fsdp = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(fsdp, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._engine_keeps_heads or not self.medusa_cfg.medusa_only_heads:
+        if self.is_deepspeed_enabled or not self.medusa_cfg.medusa_only_heads:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self._engine_keeps_heads:
-            self._load_heads(resume_from_checkpoint)
+        self._load_heads(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self._engine_keeps_heads or not self.medusa_cfg.medusa_only_heads:
+        if self.is_deepspeed_enabled or not self.medusa_cfg.medusa_only_heads:
             super()._load_best_model()
-        if not self._engine_keeps_heads:
-            self._load_heads(self.state.best_model_checkpoint)
+        self._load_heads(self.state.best_model_checkpoint)
 
     def _load_heads(self, checkpoint: str) -> None:
+        if self.is_deepspeed_enabled:
+            return  # its own checkpoints hold the heads too
         try:
             load_heads(self.model, checkpoint)
         except ValueError as error:
             raise stop(str(error)) from None
-
-    @property
-    def _engine_keeps_heads(self) -> bool:
-        """Whether checkpoints hold the state of an engine that wraps the whole model, heads included."""
-        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from axolotl_medusa.training.args import MedusaArgs, unknown_key_problems
+from axolotl_medusa.training.divided_models import fsdp_problems
 from axolotl_medusa.training.learning_rates import learning_rate_problems
 from axolotl_medusa.training.named_files import file_problems, is_file, named_path
 from axolotl_medusa.training.refused_keys import refused_key_problems
@@ -46,7 +47,7 @@ def config_problems(cfg: Mapping[str, Any], missing_fsdp_version: int = 1) -> li
     if "medusa_num_heads" not in bad:
         problems += _size_problems(args, cfg)
     problems += _trainer_problems(args, cfg)
-    problems += _fsdp_problems(cfg, missing_fsdp_version)
+    problems += fsdp_problems(cfg, missing_fsdp_version)
     problems += _hidden_cache_problems(args, cfg)
     problems += file_problems(args, cfg, bad)
     problems += learning_rate_problems(args, cfg)
@@ -171,21 +172,6 @@ def _trainer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
                 f"{key} is {value}: targets of Medusa heads reach across its parts and it is not supported; remove it"
             )
     return problems
-
-
-def _fsdp_problems(cfg: Mapping[str, Any], missing_fsdp_version: int) -> list[str]:
-    fsdp_config = cfg.get("fsdp_config") or {}
-    if not fsdp_config and not cfg.get("fsdp"):
-        return []
-    nested = (
-        (fsdp_config.get("fsdp_version") or fsdp_config.get("version")) if isinstance(fsdp_config, Mapping) else None
-    )
-    version = str(cfg.get("fsdp_version") or nested or missing_fsdp_version)
-    if version == "2":
-        return []
-    return [
-        f"fsdp_version is {version}: its flattened parameters cannot hold heads beside frozen layers; set fsdp_version: 2"
-    ]
 
 
 def _hidden_cache_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
