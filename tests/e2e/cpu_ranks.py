@@ -47,6 +47,13 @@ AcceleratorState.__init__ = _fsdp_on_cpus
 class CpuRanksPlugin(BasePlugin):
     """No device map, gloo between the processes, and for FSDP2 a mesh of CPUs; importing it changes accelerate as said above."""
 
+    def register(self, cfg: Any) -> None:
+        if cfg.get("deepspeed"):
+            import deepspeed.comm.torch
+
+            # DeepSpeed compiles C++ for a minute to share memory between processes; gloo does without.
+            deepspeed.comm.torch.build_shm_op = lambda: None
+
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         cfg.device_map = None
         if cfg.fsdp_config:

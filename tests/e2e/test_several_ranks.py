@@ -14,24 +14,11 @@ from test_train import LORA
 from two_processes import torchrun, two_processes
 
 from axolotl_medusa.model.heads_directory import read_heads
-from axolotl_medusa.model.sources import find_source
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 
 ENDS_WITHIN_S = 60
 WATCHED = {**COMMON, "plugins": ["watch_ranks.WatchRanksPlugin", *COMMON["plugins"]]}
-
-
-FSDP2 = {
-    "fsdp_version": 2,
-    "fsdp_config": {
-        "state_dict_type": "FULL_STATE_DICT",
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
-        "reshard_after_forward": True,
-        "cpu_ram_efficient_loading": False,
-    },
-}
 
 
 def divided(zero3: str, engine: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -95,12 +82,3 @@ def test_evaluate_under_zero3_measures_the_trained_model(make_yaml, tmp_path, tw
     torchrun(config)
     torchrun(config, "evaluate")
     assert_same_model(tmp_path / "out")
-
-
-@pytest.mark.parametrize("recipe", [LORA, {}], ids=["lora", "full"])
-def test_fsdp2_leaves_heads_beside_the_model(make_yaml, tmp_path, two_chats, recipe):
-    config = make_yaml(**{**COMMON, **recipe, **FSDP2, "learning_rate": 0.5}, datasets=two_chats)
-    torchrun(config, ACCELERATE_USE_CPU="true")
-    source = find_source(tmp_path / "out")
-    assert source.model_kind == ("adapter" if recipe else "full")
-    assert any(tensor.abs().max() > 0 for tensor in read_heads(source.heads_dir).head_tensors().values())

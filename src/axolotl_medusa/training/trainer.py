@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper, save_fsdp_optimizer
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -346,6 +345,8 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         if not self.medusa_cfg.medusa_only_heads or not is_engines:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        from accelerate.utils import DeepSpeedSchedulerWrapper, save_fsdp_optimizer
+
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         else:
