@@ -61,7 +61,7 @@ def exported(directory: Path, target: str, form: str = "shared", **options: Any)
 
 
 def canonical(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Tensors, config and meta of a canonical directory, read with safetensors."""
+    """Tensors, config and meta of a heads directory, read with safetensors."""
     content = [json.loads((directory / name).read_text()) for name in ("config.json", "medusa_meta.json")]
     return load_file(directory / "medusa_lm_head.safetensors"), content[0], content[1]
 

@@ -1,4 +1,4 @@
-"""The canonical directory: what is written is what is read, servers' traps are kept out, and damage is found."""
+"""The heads directory: what is written is what is read, servers' traps are kept out, and damage is found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports: every target's round trip is bitwise, and published heads of every layout become a canonical directory."""
+"""Imports: every target's round trip is bitwise, and published heads of every layout become a heads directory."""
 
 from __future__ import annotations
 

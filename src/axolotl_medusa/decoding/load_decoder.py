@@ -41,7 +41,7 @@ def load_decoder(
     """Loads a model with its heads, on the GPU if there is one, and the tokenizer.
 
     Args:
-        heads: A canonical directory, an output_dir or a checkpoint.
+        heads: A heads directory, an output_dir or a checkpoint.
         base_model: Directory or Hub name of the base model; by default what training wrote down.
         dtype: One of `DTYPES`; of a quantized model what is not quantized.
         load_in_8bit: Whether bitsandbytes holds the model in 8-bit, without its outlier threshold.
@@ -65,7 +65,7 @@ def load_tokenizer(heads: str | Path, base_model: str | None = None, *, trust_re
     """Loads the tokenizer that lies beside the heads, the run or the model.
 
     Args:
-        heads: A canonical directory, an output_dir or a checkpoint.
+        heads: A heads directory, an output_dir or a checkpoint.
         base_model: Directory or Hub name of the base model; by default what training wrote down.
         trust_remote_code: Whether code that it or the model brings is run.
 
@@ -90,7 +90,7 @@ def find_original(heads: str | Path, base_model: str | None, original: str | Non
     """Finds the model that training started from, in the revision that training used; from the Hub it is downloaded.
 
     Args:
-        heads: A canonical directory, an output_dir or a checkpoint.
+        heads: A heads directory, an output_dir or a checkpoint.
         base_model: What the command was given as base model.
         original: Directory or Hub name of the original; by default what training wrote down.
 
@@ -148,7 +148,7 @@ def load_original(
     """Loads the model that training started from, as `find_original` finds it.
 
     Args:
-        heads: A canonical directory, an output_dir or a checkpoint.
+        heads: A heads directory, an output_dir or a checkpoint.
         base_model: What the command was given as base model.
         original: Directory or Hub name of the original; by default what training wrote down.
         device: Where to put it.

@@ -44,7 +44,7 @@ def load_target(
     """Loads the model that heads belong to, its adapter unmerged on it if it was trained with one, and the heads' file.
 
     Args:
-        heads: A canonical directory, an output_dir or a checkpoint.
+        heads: A heads directory, an output_dir or a checkpoint.
         base_model: The base model as the heads need it, or its directory or Hub name; by default what training wrote.
         dtype: Type to load the model in, `auto` for the one it is stored in, or as `dtype_here` says.
         device: Where to put it.

@@ -78,7 +78,7 @@ class MedusaModel:
         """Loads heads and the model that they belong to, with its adapter if they were trained with one.
 
         Args:
-            heads: A canonical directory, an output_dir or a checkpoint.
+            heads: A heads directory, an output_dir or a checkpoint.
             base_model: The base model, or its directory or Hub name; by default what training wrote down.
             dtype: Type to load the model in, `auto` for the one it is stored in; a model in bf16 is loaded in fp32 where it
                 goes to a CPU without instructions for bf16.

@@ -1,6 +1,6 @@
 """Parameters that ZeRO-3 or FSDP2 divides among ranks: whole one at a time, and a copy only where it is wanted.
 
-Contract: knows how DeepSpeed and torch mark such parameters, and nothing about models, heads or files. Wherever a
+Contract: knows how DeepSpeed and torch mark such parameters, and nothing about models or heads. Wherever a
 parameter is divided, every rank must call the same functions in the same order; elsewhere no rank waits for another.
 """
 

@@ -1,4 +1,4 @@
-"""The canonical directory of trained heads: write, read, verify.
+"""The heads directory of trained heads: write, read, verify.
 
 Contract: knows the heads and the files; nothing about training or servers' own formats. The directory holds
 `medusa_lm_head.safetensors`, `config.json`, `medusa_meta.json` and the tokenizer's files; vLLM (shared form), TGI v2 and
@@ -41,7 +41,7 @@ _LARGEST_SIZE = 2**24
 
 @dataclass(frozen=True)
 class HeadsFile:
-    """A canonical directory in memory.
+    """A heads directory in memory.
 
     Attributes:
         tensors: Heads under their canonical names, and in the shared form the output layer they reuse.
@@ -214,7 +214,7 @@ def heads_tensors(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
 
 
 def write_heads(directory: str | Path, file: HeadsFile) -> None:
-    """Writes a canonical directory, each file whole or not at all."""
+    """Writes a heads directory, each file whole or not at all."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with whole_or_nothing(directory / HEADS_FILE) as part:
@@ -224,7 +224,7 @@ def write_heads(directory: str | Path, file: HeadsFile) -> None:
 
 
 def read_heads(directory: str | Path) -> HeadsFile:
-    """Reads and verifies a canonical directory.
+    """Reads and verifies a heads directory.
 
     Raises:
         ValueError: A file or tensor is missing or damaged, or a shape differs from what `config.json` says.
@@ -240,7 +240,7 @@ def read_heads(directory: str | Path) -> HeadsFile:
 
 
 def open_heads(directory: str | Path) -> TensorFiles:
-    """The tensors of a canonical directory, verified by their names and shapes; none of them is read yet.
+    """The tensors of a heads directory, verified by their names and shapes; none of them is read yet.
 
     Raises:
         ValueError: As `read_heads`.
@@ -265,7 +265,7 @@ def verify_heads(file: HeadsFile, where: str) -> None:
     ]
     if missing_keys:
         raise ValueError(
-            f"{where}/{CONFIG_FILE} lacks {', '.join(missing_keys)}: expected the config of a canonical directory"
+            f"{where}/{CONFIG_FILE} lacks {', '.join(missing_keys)}: expected the config of a heads directory"
         )
     _verify_numbers(file, where)
     by_config = MedusaHeads(

@@ -1,4 +1,4 @@
-"""Where trained heads are and which model they were trained with: a canonical directory, an output_dir, a checkpoint.
+"""Where trained heads are and which model they were trained with: a heads directory, an output_dir, a checkpoint.
 
 Contract: knows the layout that training leaves on disk; reads small JSON files and the names and shapes of tensors,
 never a tensor. What the model's weights are is `serving.served_model`'s to say.
@@ -48,13 +48,13 @@ class Source:
     """Trained heads and the model that they belong to.
 
     Attributes:
-        heads_dir: The canonical directory.
+        heads_dir: The heads directory.
         config: Its `config.json`.
         meta: Its `medusa_meta.json`, empty if it has none.
         base_model: Directory or Hub name of the base model, None where nothing names one.
         adapter_dir: Where the adapter is that belongs on the base model, None without one.
         full_model_dir: Where Medusa-2 wrote a full model, None if it did not.
-        output_dir: The output_dir or checkpoint that was read, None for a canonical directory that stands alone.
+        output_dir: The output_dir or checkpoint that was read, None for a heads directory that stands alone.
     """
 
     heads_dir: Path
@@ -142,12 +142,12 @@ def find_source(path: str | Path, base_model: str | None = None) -> Source:
     """Finds the heads and their model.
 
     With an output_dir or a checkpoint, `base_model` is the model that the run started from: what its adapter is merged
-    into. With a canonical directory, `base_model` is the model that the heads will be served with, as it is; an adapter
+    into. With a heads directory, `base_model` is the model that the heads will be served with, as it is; an adapter
     that lies beside the heads, as in an export for LoRAX, belongs on it. Without `base_model`, the `medusa_heads` of a
     Medusa-2 run are read together with the run's directory around them.
 
     Args:
-        path: A canonical directory, an output_dir of any recipe, a checkpoint in one, or an export with canonical heads.
+        path: A heads directory, an output_dir of any recipe, a checkpoint in one, or an export with canonical heads.
         base_model: Directory or Hub name of the base model; by default what training wrote down.
 
     Returns:
@@ -234,7 +234,7 @@ def yaml_value(meta: Mapping[str, Any], key: str) -> str | None:
 
 
 def _directories(path: Path) -> tuple[Path, Path | None]:
-    """The canonical directory at `path`, and the run's directory around it if `path` is one."""
+    """The heads directory at `path`, and the run's directory around it if `path` is one."""
     if (path / HEADS_FOLDER).is_dir():
         return path / HEADS_FOLDER, path
     if (path / HEADS_FILE).is_file() and (path / CONFIG_FILE).is_file():

@@ -111,7 +111,7 @@ def plan(target: Target, config: Mapping[str, Any]) -> Iterator[Planned]:
 
     Args:
         target: The format.
-        config: `config.json` of the canonical directory.
+        config: `config.json` of the heads directory.
     """
     num_heads, num_layers = config["medusa_num_heads"], config["medusa_num_layers"]
     layers = target.output_layers(form_of(config), num_layers)
@@ -139,7 +139,7 @@ def target_config(target: Target, config: Mapping[str, Any], base_model: str) ->
 
     Args:
         target: The format.
-        config: `config.json` of the canonical directory.
+        config: `config.json` of the heads directory.
         base_model: Name or path of the model that will be served.
     """
     heads, layers = config["medusa_num_heads"], config["medusa_num_layers"]
@@ -175,7 +175,7 @@ def refusal(
 
     Args:
         target: The format.
-        config: `config.json` of the canonical directory.
+        config: `config.json` of the heads directory.
         served: `config.json` of the model that will be served.
         out: Path of the export: vLLM guesses the kind of a draft model from it.
         head_has_bias: Whether the model's lm_head has a bias.

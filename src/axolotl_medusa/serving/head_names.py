@@ -61,7 +61,7 @@ class HeadTensor(NamedTuple):
 
     @property
     def canonical(self) -> str:
-        """Its name in a canonical directory."""
+        """Its name in a heads directory."""
         return f"{self.head}.{self.layer}.{self.kind}"
 
 

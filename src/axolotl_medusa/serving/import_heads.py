@@ -1,4 +1,4 @@
-"""Published Medusa heads in any known format, rewritten as a canonical directory.
+"""Published Medusa heads in any known format, rewritten as a heads directory.
 
 Contract: writes what `published_heads` found, and no name of a format but the canonical one. Tensors go through one at a
 time, bit by bit as they were; where they are of several types, they become the one that holds all their values.
@@ -27,15 +27,15 @@ from axolotl_medusa.serving.served_model import lm_head
 
 
 def import_heads(directory: str | Path, out: str | Path, base_model: str | None = None) -> list[str]:
-    """Writes heads of any known format as a canonical directory.
+    """Writes heads of any known format as a heads directory.
 
     Known are the formats of FasterDecoding (current, legacy and merged), TGI, LoRAX, vLLM, TensorRT-LLM (its checkpoints
-    too), rtp-llm, SGLang and ModelOpt, heads that peft saved among its `modules_to_save`, and the canonical directory itself;
+    too), rtp-llm, SGLang and ModelOpt, heads that peft saved among its `modules_to_save`, and the heads directory itself;
     each of them also with the names of DDP, FSDP, torch.compile or peft around, and under a key of a training checkpoint.
 
     Args:
         directory: The heads, or the model or adapter that holds them.
-        out: The canonical directory to write: new, empty, or with earlier heads in the canonical form, which are replaced.
+        out: The heads directory to write: new, empty, or with earlier heads in the canonical form, which are replaced.
         base_model: Name or path of the model that the heads were trained on; by default what the config says.
 
     Returns:

@@ -1,6 +1,6 @@
 """Hidden states of Medusa-1 training on disk: where a frozen backbone has run once, it need not run again.
 
-Contract: knows samples, rows of hidden states and their files; nothing about axolotl or losses. The unit is the sample,
+Contract: knows samples, which of their positions count, hidden states and their files; nothing about axolotl. The unit is the sample,
 not the batch: axolotl packs anew in each epoch, and attention does not cross packed samples, which is checked on the
 first packed batch. Training always reads bf16 rows, also in the epoch that computes them: what a step sees then depends
 on the stored rows alone, and a resumed run or one with a filled cache repeats the first bit for bit.

@@ -26,7 +26,7 @@ A batch's way from the YAML to an optimizer step (modules are those of this fold
    - predictions: hidden rows, targets and weight of each head (`_head_prediction`) and of the base model (`_base_prediction`)
    - loss: `losses.chunked.chunked_loss` goes through all rows chunk by chunk. It computes a chunk's gradient while the
      chunk's logits are at hand (`losses.closed_form`), so the forward ends with gradients of the output layers and of
-     their inputs. (Where parameters are sharded, the backward recomputes chunks instead.)
+     their inputs. (Where an output layer is divided among ranks, each chunk gathers it, and its backward computes it anew.)
      `losses.cross_entropy_and_kl.reference_loss` is the same in plain PyTorch.
    - metrics: sums that `MedusaTrainer.log` averages over a logging interval
 8. The backward hands those gradients on: to the output layers, through the heads' residual blocks, into the backbone.

@@ -1,6 +1,6 @@
 """Keys of old YAMLs that axolotl has renamed or dropped since, and what to write today.
 
-Contract: pure functions of the YAML; imports nothing of ours and neither axolotl nor torch.
+Contract: functions of the YAML, which look at files that it names; they need neither axolotl nor torch.
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ def check_trainable(model: nn.Module, cfg: DictDefault) -> dict[str, int]:
 
 
 def heads_dtype(model: nn.Module, cfg: DictDefault) -> torch.dtype:
-    """Type of the heads' parameters: what the YAML says, else fp32 where autocast computes in half precision, else the backbone's.
+    """Type of the heads' parameters: what the YAML says, else fp32 where autocast computes in half precision or
+    there is an adapter, else the backbone's, or fp32 where it has several.
 
     Heads take small steps from a start at zero, which bf16 parameters would round away.
     """
