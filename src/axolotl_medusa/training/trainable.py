@@ -91,10 +91,9 @@ def check_trainable(model: nn.Module, cfg: DictDefault) -> dict[str, int]:
 
 
 def heads_dtype(model: nn.Module, cfg: DictDefault) -> torch.dtype:
-    """Type of the heads' parameters: what the YAML says, else fp32 where autocast computes in half precision or
-    there is an adapter, else the backbone's, or fp32 where it has several.
+    """Type of the heads' parameters: what the YAML says, else the backbone's, but fp32 under autocast or beside an adapter.
 
-    Heads take small steps from a start at zero, which bf16 parameters would round away.
+    Where the backbone has several it is fp32 too. Heads take small steps from a start at zero, which bf16 parameters would round away.
     """
     if cfg.medusa_heads_dtype in ("float32", "bfloat16"):
         return torch.float32 if cfg.medusa_heads_dtype == "float32" else torch.bfloat16
