@@ -62,6 +62,8 @@ def _child(
         os.dup2(file.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
+    # A child of a fork server would start its own workers from another server, which would import all of this again.
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(directory)
     os.environ.update(env)
     os._exit(status_of(function, *arguments))
