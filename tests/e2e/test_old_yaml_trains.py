@@ -26,7 +26,7 @@ CPU = {"attn_implementation": "sdpa", "bf16": False}
 def models(tmp_path_factory) -> dict[str, Path]:
     """Random 2-layer models with tokenizers of the class and special tokens that the YAMLs name, one token a byte."""
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 4096}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "max_position_embeddings": 4096}
     folder, found = tmp_path_factory.mktemp("models"), {}
     for kind, family in (("LlamaForCausalLM", "llama"), ("MistralForCausalLM", "mistral")):
         tokenizer = LlamaTokenizer(vocab={token: number for number, token in enumerate(vocabulary)}, merges=[])
@@ -39,9 +39,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def sharegpt(tmp_path_factory) -> Path:
-    """200 conversations in one JSON array, as ShareGPT has them."""
+    """80 conversations in one JSON array, as ShareGPT has them."""
     rows = []
-    for number in range(200):
+    for number in range(80):
         answer = " ".join(str(number + k) for k in range(3 + number % 9))
         turns = [{"from": "human", "value": f"Count from {number}."}, {"from": "gpt", "value": answer}]
         rows.append({"id": str(number), "conversations": turns})
