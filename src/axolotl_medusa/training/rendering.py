@@ -20,8 +20,6 @@ from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.dict import DictDefault, remove_none_values
 from axolotl.utils.distributed import is_main_process
 from axolotl.utils.logging import get_logger
-from datasets import Dataset
-from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 
 from axolotl_medusa.errors import first_line
@@ -136,6 +134,9 @@ def loaded_rows(cfg: DictDefault, entry: DictDefault) -> Iterable[Any] | None:
 
     Data that is not on this disk is only looked at before it was prepared once: a run may go on where it is out of reach.
     """
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
     is_here = Path(str(entry.get("path"))).exists()
     prepared = Path(cfg.dataset_prepared_path) if cfg.dataset_prepared_path else None
     if cfg.streaming or not (is_here or prepared is None or not prepared.is_dir() or not any(prepared.iterdir())):
