@@ -9,7 +9,7 @@
 # PYTHON=python3.12 make ...   the other line of versions (docs/versions.md), in .venv-3.12
 PYTHON ?= python3.11
 JOBS ?= 2
-PLUGIN_TESTS = tests/training tests/losses tests/model tests/e2e/test_train.py tests/e2e/test_distributed.py::test_two_ddp_processes_equal_one
+PLUGIN_TESTS = tests/training tests/losses tests/model tests/e2e/test_train.py tests/e2e/test_distributed.py::test_two_ddp_processes_share_a_hidden_cache_and_equal_one
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 ifeq ($(VERSION)$(filter file,$(origin PYTHON)),)
