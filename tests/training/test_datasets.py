@@ -153,13 +153,16 @@ def test_dataset_problems_lines_after_a_byte_order_mark_are_read_as_axolotl_read
     assert Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache")).num_rows == 1
 
 
-def test_dataset_problems_array_after_a_byte_order_mark_is_refused_as_axolotl_does(tmp_path):
+def test_dataset_problems_array_after_a_byte_order_mark_is_refused_where_the_library_cannot_read_it(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{"messages": [USER, ASSISTANT]}]), encoding="utf-8-sig")
-    with pytest.raises(ValueError, match=rf"{path} begins with a byte order mark"):
-        problems(path)
-    with pytest.raises((DatasetGenerationError, ValueError)):
+    try:
         Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+    except (DatasetGenerationError, ValueError):
+        with pytest.raises(ValueError, match=rf"{path} begins with a byte order mark.* install datasets 5"):
+            problems(path)
+    else:
+        assert problems(path) == []
 
 
 def test_dataset_problems_objects_on_several_lines_are_read_as_axolotl_reads_them(tmp_path):

@@ -7,6 +7,7 @@ rows itself; this only turns "nothing left" into a line that names the file, and
 from __future__ import annotations
 
 import codecs
+import importlib.metadata
 import itertools
 import json
 import re
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from packaging.version import Version
 
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.training.named_files import is_file, named_path
@@ -25,6 +28,8 @@ _CHUNK = 2**18
 _LONGEST_ROW = 2**26
 _LONGEST_LOOK = 2**28
 """Bytes; where the first 268 million hold nothing to learn, the rest is left to axolotl."""
+_FIRST_TO_READ_MARKED_LISTS = "5.0.1"
+"""Of the datasets library: earlier ones read a byte order mark before lines and not before a list."""
 _TOKEN_COLUMNS = frozenset({"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "length"})
 
 
@@ -111,9 +116,10 @@ def _rows(path: Path, file: BinaryIO) -> Iterator[Any]:
     start = b""
     while path.suffix == ".json" and not start and (line := file.readline(_CHUNK)):
         start = line.strip()
-    if mark and start.startswith(b"["):
+    if mark and start.startswith(b"[") and not _reads_marked_lists():
         raise ValueError(
-            f"{path} begins with a byte order mark, which axolotl reads before no list: save it without one"
+            f"{path} begins with a byte order mark, which this version of datasets reads before no list: "
+            f"save it without one, or install datasets {_FIRST_TO_READ_MARKED_LISTS}"
         )
     file.seek(len(mark))
     if start.startswith(b"[") or start == b"{":
@@ -133,6 +139,10 @@ def _rows(path: Path, file: BinaryIO) -> Iterator[Any]:
                 raise ValueError(
                     f"{path}:{number} is not JSON ({_reason(error)}): expected one object a line"
                 ) from None
+
+
+def _reads_marked_lists() -> bool:
+    return Version(importlib.metadata.version("datasets")) >= Version(_FIRST_TO_READ_MARKED_LISTS)
 
 
 def _line_row(line: bytes) -> Any:

@@ -207,8 +207,11 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
             raise stop(str(error)) from None
 
     def post_train_unload(self, cfg: DictDefault) -> None:
-        """Ends with an error where the run left no heads: every run comes here once, after all is saved."""
-        if self._written is None:
+        """Ends with an error where the run left no heads: every run comes here once, after all is saved.
+
+        axolotl 0.21 comes here after an error, too, which is to be the one that the user reads.
+        """
+        if self._written is None or sys.exc_info()[0] is not None:
             return
         try:
             check_heads_were_left(cfg.output_dir, self._written)
