@@ -34,14 +34,18 @@ EVERYTHING_THAT_A_RUN_REMEMBERS = {
     "save_total_limit": 2,
     "auto_resume_from_checkpoints": True,
 }
-INTERRUPTIONS = [
+FEW_INTERRUPTIONS = [
     # place, step, what the next run goes on from, what it passes over
     ("before heads", 1, None, "checkpoint-1"),
-    ("kill in step", 2, "checkpoint-1", None),
-    ("before optimizer", 2, "checkpoint-1", "checkpoint-2"),
     ("SIGTERM in step", 3, "checkpoint-3", None),
     ("within removal", 4, "checkpoint-4", None),
     ("within trainer_state", 5, "checkpoint-4", "checkpoint-5"),
+]
+MORE_INTERRUPTIONS = [
+    ("kill in step", 2, "checkpoint-1", None),
+    ("before optimizer", 3, "checkpoint-2", "checkpoint-3"),
+    ("kill in step", 5, "checkpoint-4", None),
+    ("SIGTERM in step", 6, "checkpoint-6", None),
 ]
 
 
@@ -53,17 +57,21 @@ def losses(out: Path) -> list[tuple[int, float]]:
     return [(entry["step"], entry["loss"]) for entry in log_history(out) if "loss" in entry]
 
 
-def test_run_that_is_killed_at_every_place_and_preempted_ends_as_one_left_alone(make_yaml, axolotl, tmp_path):
+@pytest.mark.parametrize(
+    "interruptions",
+    [pytest.param(FEW_INTERRUPTIONS, id="few"), pytest.param(MORE_INTERRUPTIONS, id="more", marks=pytest.mark.long)],
+)
+def test_run_that_is_killed_in_saves_and_preempted_ends_as_one_left_alone(interruptions, make_yaml, axolotl, tmp_path):
     axolotl("train", make_yaml(**EVERYTHING_THAT_A_RUN_REMEMBERS, output_dir=str(tmp_path / "whole")))
     config, out = make_yaml(**EVERYTHING_THAT_A_RUN_REMEMBERS), tmp_path / "out"
     expected, passed_over = None, None
-    for place, step, next_expected, next_passed_over in [*INTERRUPTIONS, ("", 0, None, None)]:
+    for place, step, next_expected, next_passed_over in [*interruptions, ("", 0, None, None)]:
         result = axolotl("train", config, ok=not place, env={"INTERRUPT": place, "INTERRUPT_STEP": str(step)})
         assert (f"{out / str(expected)}" in result.output) is (expected is not None), (place, result.output[-3000:])
         assert (f"{out / str(passed_over)} is passed over" in result.output) is (passed_over is not None), place
         if place == "SIGTERM in step":
             last = result.output.strip().splitlines()[-1]
-            assert last.startswith(f"axolotl-medusa: SIGTERM: saved {out / 'checkpoint-3'} and stopped"), last
+            assert last.startswith(f"axolotl-medusa: SIGTERM: saved {out / f'checkpoint-{step}'} and stopped"), last
             assert "auto_resume_from_checkpoints: true" in last and "Traceback" not in result.output
             assert result.returncode == 1
         expected, passed_over = next_expected, next_passed_over
