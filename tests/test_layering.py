@@ -31,12 +31,14 @@ FOR_ALL = {"errors", "cpu_instructions"}
 
 USES_AXOLOTL = {
     "training.installed",
+    "training.interruptions",
     "training.axolotl_versions",
     "training.loading",
     "training.lora_kernels",
     "training.plugin",
     "training.renderable_chats",
     "training.rendering",
+    "training.resuming",
     "training.saving",
     "training.trainable",
     "training.trainer",

@@ -17,7 +17,8 @@ def checkpoint_step(directory: str | Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def checkpoints(output_dir: Path, file: str) -> list[Path]:
-    """The checkpoints that hold a file or folder of this name, from the first step to the last."""
-    steps = {path.parent: checkpoint_step(path.parent) for path in output_dir.glob(f"checkpoint-*/{file}")}
+def checkpoints(output_dir: Path, file: str = "") -> list[Path]:
+    """The checkpoints, or those that hold a file or folder of this name, from the first step to the last."""
+    folders = (path for path in output_dir.glob("checkpoint-*") if path.is_dir() and (path / file).exists())
+    steps = {path: checkpoint_step(path) for path in folders}
     return [path for _, path in sorted((step, path) for path, step in steps.items() if step is not None)]

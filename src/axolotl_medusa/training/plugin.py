@@ -202,6 +202,7 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
         trainer.medusa_trains = True
         self._written = trainer.medusa_written
         try:
+            trainer.choose_checkpoint()
             trainer.open_hidden_cache()
         except ValueError as error:
             raise stop(str(error)) from None

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from axolotl_medusa.training.hidden_cache import (
     cache_identity,
     dataset_samples,
 )
+from axolotl_medusa.training.interruptions import InterruptibleTrainer
 from axolotl_medusa.training.learning_rates import (
     heads_group_for_deepspeed,
     left_out,
@@ -46,6 +46,7 @@ from axolotl_medusa.training.learning_rates import (
 from axolotl_medusa.training.loading import accept_what_trains, load_heads, load_trained_model
 from axolotl_medusa.training.objective import Objective, metric_names
 from axolotl_medusa.training.quantized_backbone import trained_by_its_heads
+from axolotl_medusa.training.resuming import Resumption, resumption
 from axolotl_medusa.training.saving import HeadsSaver
 from axolotl_medusa.training.schedule import parse_schedule, scheduler_factor
 from axolotl_medusa.training.stopping import nonfinite_loss, stop
@@ -83,7 +84,7 @@ def warn_of_slow_precision(model: nn.Module, cfg: DictDefault) -> None:
         )
 
 
-class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
+class MedusaTrainer(InterruptibleTrainer):
     """Trains Medusa heads; `setup_medusa` must be called before training, which the plugin does.
 
     Attributes:
@@ -133,6 +134,25 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         if cfg.medusa_only_heads and self.is_deepspeed_enabled:
             accept_what_trains(self.model)
 
+    def choose_checkpoint(self) -> None:
+        """Makes axolotl go on from the newest whole checkpoint, where the YAML leaves the choice to it.
+
+        Raises:
+            ValueError: The checkpoint that the YAML names is not whole.
+        """
+        cfg = self.medusa_cfg
+        choices = [resumption(cfg) if self.accelerator.is_main_process else Resumption(None)]
+        if self.args.world_size > 1:  # disks may show other ranks other files
+            torch.distributed.broadcast_object_list(choices, src=0)
+        (choice,) = choices
+        if choice.refusal:
+            raise ValueError(choice.refusal)
+        for line in choice.passed_over:
+            LOG.warning(line)
+        cfg.resume_from_checkpoint = choice.checkpoint
+        if choice.checkpoint is None:  # else axolotl takes the newest, whole or not
+            cfg.auto_resume_from_checkpoints = False
+
     def open_hidden_cache(self) -> None:
         """Opens the `medusa_hidden_cache` of this model and training data, if the YAML wants one, and says how large it is.
 
@@ -162,12 +182,6 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
                 "model and data uses what this one stores"
             )
         self._cached_rows = CachedRows(cache, self._any_rank)
-
-    def _any_rank(self, flags: list[bool]) -> list[bool]:
-        if self.args.world_size == 1:
-            return flags
-        counts = torch.tensor(flags, dtype=torch.long, device=self.accelerator.device)
-        return [bool(count) for count in self.accelerator.reduce(counts, reduction="sum").tolist()]
 
     def _run_backbone(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """Hidden states of the counted rows, through all that is done to inputs on the way to the model's forward."""
