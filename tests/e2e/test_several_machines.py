@@ -20,7 +20,8 @@ MEDUSA_1 = {**COMMON, "medusa_only_heads": True, "plugins": PLUGINS, "save_steps
 
 def train(configs: tuple[Path, Path], runs: Path, ok: bool = True) -> tuple[str, str]:
     """Trains on both nodes and returns what each printed."""
-    with two_nodes(configs, ACCELERATE_USE_CPU="true", BACKBONE_RUNS=str(runs)) as nodes:
+    environment = {"BACKBONE_RUNS": str(runs), "HEADS_WRITTEN": f"{runs}.heads"}
+    with two_nodes(configs, ACCELERATE_USE_CPU="true", **environment) as nodes:
         outputs = tuple(node.end() for node in nodes)
     assert [node.process.exitcode == 0 for node in nodes] == [ok, ok], "\n".join(outputs)[-20000:]
     return outputs
@@ -33,7 +34,9 @@ def test_two_machines_with_shared_disks_equal_one_process(make_yaml, axolotl, tm
     config = make_yaml(**keys, output_dir=str(two), medusa_hidden_cache=str(cache))
     outputs = train((config, config), tmp_path / "runs")
     assert sorted(path.name for path in cache.iterdir()) == ["node0", "node1"]
-    assert sum(output.count(f"Medusa heads saved to {two / 'medusa_heads'}") for output in outputs) == 1
+    writes = [line.split() for line in Path(f"{tmp_path / 'runs'}.heads").read_text().splitlines()]
+    assert len({node for node, _ in writes}) == 1
+    assert [directory for _, directory in writes].count(str(two / "medusa_heads")) == 1
     assert not any("is not on a disk" in output for output in outputs)
     assert not list(two.glob(".seen-by-all-*"))
     single = {**keys, "plugins": ["axolotl_medusa.MedusaPlugin"], "micro_batch_size": 2, "output_dir": str(one)}
