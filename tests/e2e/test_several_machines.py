@@ -58,7 +58,10 @@ def test_two_machines_with_their_own_disks_train_and_resume_from_copies_alone(ma
     (writer,) = [node for node in (0, 1) if heads[node].is_dir()]
     other = 1 - writer
     assert read_heads(heads[writer]).tensors
-    assert f"heads and checkpoints are written on the first machine alone, not on node{other}" in outputs[writer]
+    assert (
+        f"heads are written on the first machine alone, not on node{other}; to go on from a checkpoint, copy it"
+        in outputs[writer]
+    )
 
     goes_on = {"auto_resume_from_checkpoints": True, "max_steps": 3, "num_epochs": 3}
     outputs = train((on(0, **goes_on), on(1, **goes_on)), tmp_path / "runs", ok=False)

@@ -7,7 +7,12 @@ import socket
 import pytest
 
 from axolotl_medusa.training import machines
-from axolotl_medusa.training.machines import checkpoint_problem, folder_of_this_machine, machines_without
+from axolotl_medusa.training.machines import (
+    checkpoint_problem,
+    folder_of_this_machine,
+    machines_without,
+    own_disks_warning,
+)
 
 
 @pytest.fixture
@@ -38,6 +43,12 @@ def test_one_process_is_asked_alone(tmp_path):
 def test_machine_with_another_disk_is_named(answers, tmp_path):
     answers.append(("second", False))
     assert machines_without(tmp_path) == ["second"]
+
+
+def test_warning_says_what_an_engine_that_divides_checkpoints_leaves():
+    copied, divided = (own_disks_warning("out", ["second", "third"], is_divided) for is_divided in (False, True))
+    assert "not on second, third" in copied and "copy it to every machine" in copied
+    assert "no machine has a whole checkpoint" in divided and "copy it" not in divided
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,25 @@ def machines_without(directory: str | Path) -> list[str]:
     return sorted({machine for machine, is_seen in found if not is_seen})
 
 
+def own_disks_warning(output_dir: str, machines: list[str], is_divided: bool) -> str:
+    """What follows where `output_dir` is not shared, in one line.
+
+    Args:
+        output_dir: Of the run.
+        machines: Those that do not see the first one's.
+        is_divided: Whether every process writes its own part of a checkpoint.
+    """
+    resume = (
+        "no machine has a whole checkpoint to go on from, because each writes its own parts: use a shared disk"
+        if is_divided
+        else "to go on from a checkpoint, copy it to every machine"
+    )
+    return (
+        f"output_dir {output_dir} is not on a disk that all machines share: heads are written on the first machine alone, not on "
+        f"{', '.join(machines)}; {resume}"
+    )
+
+
 def checkpoint_problem(checkpoint: str | None) -> str | None:
     """Why the processes cannot go on from a checkpoint together, in one line; None where they can."""
     wanted = Path(checkpoint).resolve() if checkpoint else None

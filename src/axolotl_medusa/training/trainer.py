@@ -44,7 +44,12 @@ from axolotl_medusa.training.learning_rates import (
     separate_heads,
 )
 from axolotl_medusa.training.loading import accept_what_trains, load_heads, load_trained_model
-from axolotl_medusa.training.machines import checkpoint_problem, folder_of_this_machine, machines_without
+from axolotl_medusa.training.machines import (
+    checkpoint_problem,
+    folder_of_this_machine,
+    machines_without,
+    own_disks_warning,
+)
 from axolotl_medusa.training.objective import Objective, metric_names
 from axolotl_medusa.training.quantized_backbone import trained_by_its_heads
 from axolotl_medusa.training.saving import HeadsSaver
@@ -344,10 +349,8 @@ class MedusaTrainer(AxolotlTrainer):  # type: ignore[misc]
         if problem := checkpoint_problem(checkpoint if isinstance(checkpoint, str) else None):
             raise stop(problem)
         if machines := machines_without(self.args.output_dir):
-            LOG.warning(
-                f"output_dir {self.args.output_dir} is not on a disk that all machines share: heads and checkpoints are written on the "
-                f"first machine alone, not on {', '.join(machines)}; to go on from a checkpoint, copy it to every machine"
-            )
+            is_divided = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            LOG.warning(own_disks_warning(self.args.output_dir, machines, is_divided))
 
     @property
     def medusa_written(self) -> Collection[Path] | None:
