@@ -48,8 +48,10 @@ def quantize_a_frozen_backbone(cfg: MutableMapping[str, Any]) -> None:
 
 
 def _settle_compute_dtype(cfg: MutableMapping[str, Any]) -> None:
-    """What `quantize_a_frozen_backbone` left open."""
+    """What `quantize_a_frozen_backbone` left open; stays open where there is no GPU, as in the process that hands the run over."""
     if cfg.get("adapter") or not cfg.get("medusa_only_heads"):
+        return
+    if precision_is_left_to_axolotl(cfg) and not torch.cuda.is_available():
         return
     for key in ("model_kwargs", "overrides_of_model_kwargs"):
         config = (cfg.get(key) or {}).get("quantization_config") or {}
