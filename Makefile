@@ -3,7 +3,7 @@
 # make test-plugin   what depends on axolotl's version: arguments, trainer, data and trainings; for the other line of versions
 # make bench  speed and memory of training against a reference and this machine's matmuls (an hour; ARGS="--cases ...")
 # make test-cuda   the losses' values and gradients on a GPU, Liger's kernel included
-# make test-engines   every recipe with every engine in two CPU processes: trained, resumed, exported
+# make test-engines   every recipe with every engine in two CPU processes: trained, resumed, exported; two machines with own disks
 # make docs   writes the tables of docs/ that come from the code
 # make test-serving   trains, exports and serves heads in a real vLLM; generates data with it
 # PYTHON=python3.12 make ...   the other line of versions (docs/versions.md), in .venv-3.12
@@ -46,7 +46,7 @@ test-cuda: venv
 	MEDUSA_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest tests/losses/test_chunked.py tests/losses/test_matmuls.py tests/training/test_objective.py $(ARGS)
 
 test-engines: venv
-	$(VENV)/bin/python -m pytest tests/e2e/test_engines.py $(ARGS)
+	$(VENV)/bin/python -m pytest tests/e2e/test_engines.py tests/e2e/test_several_machines.py $(ARGS)
 
 test-serving: venv venv-vllm
 	$(VENV)/bin/python -m pytest -m vllm $(ARGS)

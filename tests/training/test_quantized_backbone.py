@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from axolotl.utils.dict import DictDefault
 from transformers.trainer_utils import validate_quantization_for_training
 
@@ -26,6 +27,13 @@ def test_four_bit_computes_in_the_precision_of_the_run(keys, dtype):
     config = asked_for(load_in_4bit=True, **keys)
     assert config["bnb_4bit_compute_dtype"] == dtype
     assert config["quant_method"] == "bitsandbytes" and config["load_in_4bit"] is True
+
+
+@pytest.mark.parametrize("keys", [{}, {"bf16": "auto"}], ids=["unset", "auto"])
+def test_four_bit_computes_in_what_axolotl_chooses_where_the_yaml_does_not(keys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert asked_for(load_in_4bit=True, **keys)["bnb_4bit_compute_dtype"] == "bfloat16"
 
 
 def test_eight_bit_is_asked_for_and_axolotls_keys_of_bitsandbytes_are_kept():

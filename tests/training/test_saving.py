@@ -45,6 +45,15 @@ def divide(model) -> None:
     model.lm_head.weight.ds_shape = model.lm_head.weight.shape
 
 
+def test_the_model_of_a_process_that_does_not_write_saves_nothing(saver, tmp_path):
+    """axolotl saves at the end on every machine, and those may share the disk."""
+    for only_heads in (True, False):
+        own = saver(only_heads)
+        own.writes = False
+        own.model.save_pretrained(tmp_path / "out")
+        assert not own.model.written and not own.written and not (tmp_path / "out").exists()
+
+
 def test_a_frozen_lm_head_is_hashed_once_for_all_checkpoints(saver, hashes, tmp_path):
     own = saver()
     for number in range(3):

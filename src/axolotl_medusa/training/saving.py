@@ -41,16 +41,23 @@ class HeadsSaver:
     """Saves heads beside the model wherever it is saved: checkpoints, the end of training, an interruption.
 
     Axolotl calls the model's own `save_pretrained` directly at the end and on SIGINT, without a hook; so the instance's
-    method is replaced, here and nowhere else.
+    method is replaced, here and nowhere else. At the end it calls it on every machine.
+
+    Args:
+        model: The model with its heads.
+        cfg: The validated YAML.
+        tokenizer: Saved beside the heads.
+        writes: Whether this process is the one that writes; on others the model's own method does nothing.
 
     Attributes:
         written: Where this process has written heads so far.
     """
 
-    def __init__(self, model: Any, cfg: DictDefault, tokenizer: Any) -> None:
+    def __init__(self, model: Any, cfg: DictDefault, tokenizer: Any, writes: bool = True) -> None:
         self.model = model
         self.cfg = cfg
         self.tokenizer = tokenizer
+        self.writes = writes
         self.written: list[Path] = []
         self._collected: HeadsFile | None = None
         self._lm_head_sha256: str | None = None
@@ -112,6 +119,8 @@ class HeadsSaver:
         collected = self._collected is not None and (self.cfg.medusa_only_heads or state_dict is not None)
         if not collected and any(map(is_divided, self.model.parameters())):
             raise stop(self._nothing_saved(save_directory))
+        if not self.writes:
+            return  # two machines would write the same files of a shared disk at once
         if not self.cfg.medusa_only_heads:
             if state_dict is None:
                 state_dict = self.model.state_dict()

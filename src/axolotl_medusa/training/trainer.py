@@ -44,6 +44,12 @@ from axolotl_medusa.training.learning_rates import (
     separate_heads,
 )
 from axolotl_medusa.training.loading import accept_what_trains, load_heads, load_trained_model
+from axolotl_medusa.training.machines import (
+    checkpoint_problem,
+    folder_of_this_machine,
+    machines_without,
+    own_disks_warning,
+)
 from axolotl_medusa.training.objective import Objective, metric_names
 from axolotl_medusa.training.quantized_backbone import trained_by_its_heads
 from axolotl_medusa.training.resuming import Resumption, resumption
@@ -130,7 +136,7 @@ class MedusaTrainer(InterruptibleTrainer):
         warn_of_slow_precision(self.model, cfg)
         counts = check_trainable(self.model, cfg)
         LOG.info("Medusa trains " + ", ".join(f"{part}: {size:,}" for part, size in counts.items()) + " parameters")
-        self._saver = HeadsSaver(self.model, cfg, self.processing_class)
+        self._saver = HeadsSaver(self.model, cfg, self.processing_class, writes=self.args.should_save)
         if cfg.medusa_only_heads and self.is_deepspeed_enabled:
             accept_what_trains(self.model)
 
@@ -170,8 +176,9 @@ class MedusaTrainer(InterruptibleTrainer):
             torch.distributed.broadcast_object_list(identities, src=0)
             (identity,) = identities
         size, limit_gb = attached_heads(self.model).hidden_size, cfg.medusa_hidden_cache_limit_gb
+        parent = folder_of_this_machine(cfg.medusa_hidden_cache)
         with self.args.main_process_first(desc="reserving the hidden cache"):
-            cache = HiddenCache.open(cfg.medusa_hidden_cache, identity, samples, size, limit_gb)
+            cache = HiddenCache.open(parent, identity, samples, size, limit_gb)
         LOG.info(
             f"hidden cache {cache.directory}: {cache.num_rows:,} rows of {size} in bf16, {cache.num_bytes / 1e9:.3g} GB; "
             f"{cache.num_stored} of {len(cache)} samples are stored"
@@ -340,13 +347,24 @@ class MedusaTrainer(InterruptibleTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; with FSDP and an adapter the heads are saved here at the end, because axolotl writes the adapter by itself."""
-        output = super().train(*args, **kwargs)
+        self._check_disks(resume_from_checkpoint)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_fsdp_enabled and self.medusa_cfg.adapter:
             with self._saver.saving(self.args.output_dir, writes=self.args.should_save):
                 pass
         return output
+
+    def _check_disks(self, checkpoint: str | bool | None) -> None:
+        """Stops where the machines would go on from different checkpoints, and says which of them get no heads."""
+        if self.args.world_size == 1:
+            return
+        if problem := checkpoint_problem(checkpoint if isinstance(checkpoint, str) else None):
+            raise stop(problem)
+        if machines := machines_without(self.args.output_dir):
+            is_divided = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            LOG.warning(own_disks_warning(self.args.output_dir, machines, is_divided))
 
     @property
     def medusa_written(self) -> Collection[Path] | None:
