@@ -40,12 +40,12 @@ FEW_INTERRUPTIONS = [
     ("SIGTERM in step", 3, "checkpoint-3", None),
     ("within removal", 4, "checkpoint-4", None),
     ("within trainer_state", 5, "checkpoint-4", "checkpoint-5"),
+    ("SIGTERM in step", 6, "checkpoint-6", None),
 ]
 MORE_INTERRUPTIONS = [
     ("kill in step", 2, "checkpoint-1", None),
     ("before optimizer", 3, "checkpoint-2", "checkpoint-3"),
     ("kill in step", 5, "checkpoint-4", None),
-    ("SIGTERM in step", 6, "checkpoint-6", None),
 ]
 
 

@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from packaging.version import Version
-
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.training.named_files import is_file, named_path
 
@@ -142,6 +140,8 @@ def _rows(path: Path, file: BinaryIO) -> Iterator[Any]:
 
 
 def _reads_marked_lists() -> bool:
+    from packaging.version import Version
+
     return Version(importlib.metadata.version("datasets")) >= Version(_FIRST_TO_READ_MARKED_LISTS)
 
 

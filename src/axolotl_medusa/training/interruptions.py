@@ -82,6 +82,13 @@ class InterruptibleTrainer(AxolotlTrainer):  # type: ignore[misc]
         with self._sigterm.awaited():
             return super().train(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Not where a run goes on from its last step: the Trainer would train one step more before it looks."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
         """Without trainer_state.json until the rest is there, also where an older checkpoint of this step is written over."""
         run_dir = Path(self._get_output_dir(trial=trial))

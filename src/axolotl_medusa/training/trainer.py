@@ -155,9 +155,10 @@ class MedusaTrainer(InterruptibleTrainer):
             raise ValueError(choice.refusal)
         for line in choice.passed_over:
             LOG.warning(line)
-        cfg.resume_from_checkpoint = choice.checkpoint
         if choice.checkpoint is None:  # else axolotl takes the newest, whole or not
             cfg.auto_resume_from_checkpoints = False
+        elif cfg.resume_from_checkpoint is None:  # by its name: other machines may have output_dir elsewhere
+            cfg.resume_from_checkpoint = str(Path(cfg.output_dir) / Path(choice.checkpoint).name)
 
     def open_hidden_cache(self) -> None:
         """Opens the `medusa_hidden_cache` of this model and training data, if the YAML wants one, and says how large it is.
