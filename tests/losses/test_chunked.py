@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 from conftest import DEVICE
 from loss_cases import ATOL, HIDDEN, LOSSES, ROWS, RTOL, VOCAB, output_layer
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from axolotl_medusa.losses import chunk_plan, closed_form, matmuls
 from axolotl_medusa.losses.chunk_plan import COPIES
@@ -456,5 +457,34 @@ def test_chunked_loss_in_the_forward_multiplies_in_the_layers_type_under_autocas
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         loss, _ = under_autocast.loss(recompute=False, chunk_rows=8)
     loss.backward()
+    for ours, theirs in zip(under_autocast.wanted, plain.wanted, strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+class SumsOfHalvesInFp32(TorchFunctionMode):
+    """What CUDA's autocast does to these operations where it is on, and the CPU's does not."""
+
+    NAMES = ("sum", "softmax", "log", "log1p", "exp", "prod", "cumsum", "norm")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_on = torch.is_autocast_enabled(DEVICE) and func.__name__ in self.NAMES and "out" not in kwargs
+        if is_on and args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.bfloat16:
+            args = (args[0].float(), *args[1:])
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_chunked_loss_of_certain_targets_is_the_same_under_the_autocast_of_a_gpu(name):
+    plain, under_autocast = (Case(dtype=torch.bfloat16) for _ in range(2))
+    for case in (plain, under_autocast):
+        with torch.no_grad():  # half of the targets have nearly all of the probability
+            case.hidden[::2] = 30 * F.normalize(case.linear.weight[case.targets[::2]])
+    expected, _ = plain.loss(LOSSES[name], recompute=False, accuracies=Accuracies(3))
+    expected.backward()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), SumsOfHalvesInFp32():
+        loss, _ = under_autocast.loss(LOSSES[name], recompute=False, accuracies=Accuracies(3))
+    loss.backward()
+    assert torch.equal(loss, expected)
     for ours, theirs in zip(under_autocast.wanted, plain.wanted, strict=True):
         assert torch.equal(ours.grad, theirs.grad)

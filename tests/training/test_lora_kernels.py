@@ -13,6 +13,7 @@ from axolotl_medusa.training.lora_kernels import (
     kernels_are_left_to_axolotl,
     reason_against_kernels,
 )
+from axolotl_medusa.training.plugin import MedusaPlugin
 
 MEDUSA = {**AXOLOTL_YAML, "medusa_num_heads": 3}
 
@@ -94,3 +95,18 @@ def test_kernels_that_the_yaml_asks_for_are_axolotls_to_speak_of(validated, tmp_
     plugin = PluginManager.get_instance().plugins[PLUGIN]
     plugin.load_datasets(cfg)
     assert cfg.lora_qkv_kernel is True
+
+
+def test_model_that_waits_in_host_memory_runs_no_kernel_of_a_gpu(monkeypatch, caplog):
+    """As under DeepSpeed, which moves the model after every hook."""
+
+    def kernel(*_, **__):
+        raise AssertionError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+
+    model = make_model()
+    monkeypatch.setattr(model.model.layers[0].mlp, "forward", kernel)
+    with caplog.at_level("INFO", logger="axolotl_medusa.training.plugin"):
+        MedusaPlugin().post_model_load(DictDefault(lora_mlp_kernel=True), model)
+    assert "logits are not checked" in caplog.text
+    with pytest.raises(AssertionError):
+        MedusaPlugin().post_model_load(DictDefault(lora_mlp_kernel=False), model)

@@ -92,13 +92,14 @@ def gradient_in_place(
     values = _RowValues(*torch.zeros((4, logits.shape[0]), device=logits.device))
     hits = torch.zeros(accuracies.top_k if accuracies else 0, dtype=torch.long, device=logits.device)
     only_cross_entropy = teacher is None and not weights.own_softmax
-    for block in _blocks(logits, copies=1 if only_cross_entropy else _COPIES):
-        if not only_cross_entropy:
-            hits += _all_terms_block(logits, block, targets, teacher, weights, values, accuracies)
-        elif fused_kernels_for(logits.device):
-            hits += _cross_entropy_fused(logits, block, targets, values, accuracies)
-        else:
-            hits += _cross_entropy_block(logits, block, targets, values, accuracies)
+    with torch.autocast(logits.device.type, enabled=False):  # CUDA's gives sums of halves in fp32, which fit nowhere
+        for block in _blocks(logits, copies=1 if only_cross_entropy else _COPIES):
+            if not only_cross_entropy:
+                hits += _all_terms_block(logits, block, targets, teacher, weights, values, accuracies)
+            elif fused_kernels_for(logits.device):
+                hits += _cross_entropy_fused(logits, block, targets, values, accuracies)
+            else:
+                hits += _cross_entropy_block(logits, block, targets, values, accuracies)
     lost = (~(values.cross_entropy < -math.log(torch.finfo(logits.dtype).tiny))).nonzero().squeeze(1)
     if lost.numel():
         again = logits_again(lost).float()

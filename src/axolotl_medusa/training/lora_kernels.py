@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from torch import nn
+
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.anatomy import stored_text_config
 
@@ -34,6 +36,11 @@ def cuda_kernel_problems(cfg: Mapping[str, Any], has_cuda: bool) -> list[str]:
     if not cfg.get(_ONLY_CUDA) or cfg.get("use_ray") or has_cuda:
         return []
     return [f"{_ONLY_CUDA}: {cfg[_ONLY_CUDA]} needs a CUDA GPU, and there is none here; set it to false"]
+
+
+def runs_on_gpus_alone(cfg: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether a forward would hand weights in host memory to a kernel of the GPU: DeepSpeed and FSDP move the model later."""
+    return bool(cfg.get(_ONLY_CUDA)) and any(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
 def reason_against_kernels(cfg: Any) -> str | None:

@@ -30,6 +30,7 @@ from axolotl_medusa.training.lora_kernels import (
     cuda_kernel_problems,
     kernels_are_left_to_axolotl,
     reason_against_kernels,
+    runs_on_gpus_alone,
     switch_kernels_off,
 )
 from axolotl_medusa.training.merged import trained_heads, write_heads_of_merged
@@ -141,6 +142,11 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
     def post_model_load(self, cfg: DictDefault, model: nn.Module) -> None:
         """Checks the model's logits: its first forward, now that every layer is as it will train."""
         if cfg.inference or cfg.merge_lora or loads_no_weights(cfg):
+            return
+        if runs_on_gpus_alone(cfg, model):
+            LOG.info(
+                "the model's logits are not checked: its weights are not on the GPU yet, where its LoRA kernels run"
+            )
             return
         try:
             probe_logits(model)
