@@ -43,11 +43,12 @@ class TeacherProbabilities(NamedTuple):
 def teacher_probabilities(logits: Tensor, p: Tensor) -> TeacherProbabilities:
     """The probabilities that a teacher's logits `[rows, vocab]` stand for, written into `p`, `[rows, vocab]` in fp32."""
     sums = torch.empty(logits.shape[0], device=logits.device)
-    for block in _blocks(logits, _COPIES):
-        scores = logits[block].float()
-        torch.softmax(scores, dim=-1, out=p[block])
-        log_sum = scores.amax(dim=-1) - p[block].amax(dim=-1).log()
-        sums[block] = torch.linalg.vecdot(p[block], scores) - log_sum
+    with torch.autocast(logits.device.type, enabled=False):  # which would take the products of fp32 in halves
+        for block in _blocks(logits, _COPIES):
+            scores = logits[block].float()
+            torch.softmax(scores, dim=-1, out=p[block])
+            log_sum = scores.amax(dim=-1) - p[block].amax(dim=-1).log()
+            sums[block] = torch.linalg.vecdot(p[block], scores) - log_sum
     return TeacherProbabilities(p, sums)
 
 
