@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -209,10 +210,11 @@ def main() -> None:
         directory = Path(scratch)
         chats = directory / "chats.jsonl"
         write_chats(chats)
-        write_yaml(directory / "run.yml", options.model_dir, chats, directory / "alone", options.steps)
-        status, length_s = run_to_its_end(directory / "run.yml", directory / "alone.log")
-        if status:
-            raise SystemExit((directory / "alone.log").read_text(encoding="utf-8")[-3000:])
+        for name in ("first", "alone"):  # the first prepares the data, and finds no file in the system's cache
+            write_yaml(directory / "run.yml", options.model_dir, chats, directory / name, options.steps)
+            status, length_s = run_to_its_end(directory / "run.yml", directory / "alone.log")
+            if status:
+                raise SystemExit((directory / "alone.log").read_text(encoding="utf-8")[-3000:])
         expected = read_heads(directory / "alone" / "medusa_heads").tensors
         print(
             f"seed {options.seed}; a run of {options.steps} steps left alone takes {length_s:.1f} s once its trainer starts"
@@ -228,6 +230,7 @@ def main() -> None:
             waiting.pop()
             done.append(found)
             print(json.dumps(asdict(found)), flush=True)
+            shutil.rmtree(output_dir)  # its export holds a whole model
     failed = [each for each in done if each.problem]
     print(f"{len(done)} interruptions, {len(failed)} of them with a problem; {len(waiting)} were left for lack of time")
     if options.out:
