@@ -2,8 +2,8 @@
 
 Files are taken in the order given. Of identical conversations the first is kept; then each file's sample, or its share by
 weights, is drawn from what is left of it. An id that stands for another conversation already gets a suffix made from its
-conversation, so that ids stay unique. Sample and order depend on the conversations and the seed alone. README.md beside
-this file has the commands.
+conversation, so that ids stay unique. Prompts with and without further turns become one layout. Sample and order depend on
+the conversations and the seed alone. README.md beside this file has the commands.
 """
 
 import json
@@ -17,10 +17,11 @@ from pathlib import Path
 from reprlib import repr as shorten
 
 from parts.command_line import flag, number, parse_flags, speaker
-from parts.conversation_rows import ConversationRow, dump_row, parse_conversation
+from parts.conversation_rows import dump_row, parse_conversation
 from parts.file_command import check_paths, run_command, write_whole
 from parts.prompt_files import InputError, id_key, parse_json
 from parts.raw_rows import ARCHIVES, lines_of
+from parts.row_kinds import RowKinds, as_messages
 from parts.weights import parse_weights, rows_by_weight
 
 say = speaker(__file__)
@@ -101,33 +102,6 @@ def sample_size(size: str, available: int) -> int:
     if size.endswith("%"):
         return max(1, round(available * int(size[:-1]) / 100)) if available else 0
     return min(int(size), available)
-
-
-class RowKinds:
-    """Sees to it that the rows of all inputs can be trained on together."""
-
-    def __init__(self, common_keys: bool) -> None:
-        """Starts with no rows; `common_keys`: rows may have different keys, and keep those that all have."""
-        self.common_keys = common_keys
-        self.first = ""
-        self.kind: tuple[str, bool] = ("", False)
-        self.keys: frozenset[str] = frozenset()
-        self.differ = False
-
-    def check(self, row: ConversationRow, where: str) -> None:
-        """Compares a row with those before it; raises InputError if it does not go with them."""
-        kind, keys = (row.layout, "input_ids" in row.record), row.record.keys()
-        if not self.first:
-            self.first, self.kind, self.keys = where, kind, frozenset(keys)
-        if kind != self.kind:
-            found, expected = (f"'{layout}' with{'' if ids else 'out'} token ids" for layout, ids in (kind, self.kind))
-            raise InputError(f"{where}: found {found}, expected {expected} as in {self.first}; make all in one layout")
-        if keys != self.keys:
-            odd = ", ".join(sorted(keys ^ self.keys))
-            if not self.common_keys:
-                advice = "add --common_keys to leave out what not all rows have"
-                raise InputError(f"{where}: found other keys ({odd}) than in {self.first}, expected the same; {advice}")
-            self.keys, self.differ = self.keys & keys, True
 
 
 @dataclass
@@ -224,15 +198,17 @@ class Plan:
                 file = files[self.sources[index]]
                 file.seek(self.offsets[index])
                 line = file.readline()
-                if self.renamed[index] or self.kinds.differ:
+                if self.renamed[index] or self.kinds.differ or self.kinds.mixed:
                     line = self.changed(line, index)
                 yield line if line.endswith(b"\n") else line + b"\n"
 
     def changed(self, line: bytes, index: int) -> bytes:
-        """Returns a line with a new id, if it needs one, and with the keys that all rows have."""
+        """Returns a line with a new id, if it needs one, and with the keys and the layout that all rows have."""
         record = parse_json(line, "a row that was read before")
         if self.renamed[index]:
             record["id"] = f"{record['id']}-{f'{self.contents[index]:015x}'[:SUFFIX_DIGITS]}"
+        if self.kinds.mixed:
+            record = as_messages(record)
         return dump_row({key: value for key, value in record.items() if key in self.kinds.keys})
 
 

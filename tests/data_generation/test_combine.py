@@ -306,3 +306,32 @@ def test_combine_with_weights_that_make_no_sense_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith("combine.py: error: ") and message.format(**names) in error and error.count("\n") == 1
     assert not files.output.exists()
+
+
+def test_combine_makes_messages_of_prompts_where_both_are_mixed(files: Files) -> None:
+    prompts = files.write("p.jsonl", {"id": "1", "prompt": "é"}, {"id": "2", "prompt": "two"})
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "é"}]
+    logs = files.write("l.jsonl", {"id": "3", "messages": turns[1:]}, {"id": "2", "messages": turns})
+    assert files.run([prompts, logs]) == 0
+    first, second, third = files.rows()
+    assert first == {"id": "1", "messages": turns[1:]}
+    assert second == {"id": "2", "messages": [{"role": "user", "content": "two"}]}
+    assert third["id"].startswith("2-") and third["messages"] == turns
+    assert files.counts() == [(2, 2, 0, 0), (2, 1, 1, 0), (4, 3, 1, 0)]
+    assert files.run([logs, prompts], "--overwrite") == 0
+    assert files.counts()[-1] == (4, 3, 1, 0)
+    assert all(set(each) == {"id", "messages"} for each in files.rows())
+    assert files.run([prompts], "--overwrite") == 0
+    assert files.output.read_bytes() == prompts.read_bytes()
+
+
+def test_combine_mixes_our_prompts_with_logs_by_weights(files: Files) -> None:
+    ours = Path(combine.__file__).with_name("prompts.jsonl")
+    logs = files.write(
+        "l.jsonl", *({"id": f"l{n}", "messages": [{"role": "user", "content": f"log {n}"}]} for n in range(60))
+    )
+    flags = ("--weights", f"{ours}=2", f"{logs}=1", "--rows", "90", "--shuffle")
+    assert files.run([ours, logs], *flags) == 0
+    rows = files.rows()
+    assert sum(row["id"].startswith("l") for row in rows) == 30 and len(rows) == 90
+    assert all(row["messages"][-1]["role"] == "user" for row in rows)
