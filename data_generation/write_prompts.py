@@ -38,6 +38,9 @@ class Settings:
     held_out: Path = field(metadata=flag("prompts to stay away from", HERE / "prompts_heldout.jsonl", type=Path))
     grammar: Path = field(metadata=flag("directory of the grammar's files", HERE / "grammar", type=Path))
     seed: int = field(metadata=flag("another seed gives other prompts (default: 0)", 0, type=int))
+    no_system: bool = field(
+        metadata=flag("no system prompts, for models whose chat template has none", False, action="store_true")
+    )
     overwrite: bool = field(metadata=flag("replace an output that is there already", False, action="store_true"))
 
 
@@ -72,14 +75,16 @@ def as_typed(prompt: str, draws: Draws, talk: str) -> str:
     return typed.rstrip("?") if draws.chance(0.5) else typed
 
 
-def family_rows(grammar: Grammar, family: Family, seed: int, collection: Collection) -> Iterator[dict[str, Any]]:
+def family_rows(
+    grammar: Grammar, family: Family, settings: Settings, collection: Collection
+) -> Iterator[dict[str, Any]]:
     """Streams the rows of one family, without ids.
 
     Raises:
         InputError: If its templates and lists do not give so many different prompts.
     """
-    writer = Writer(grammar, f"{seed}/{family.name}", english=family.talk != OTHER_LANGUAGE)
-    draws = Draws(f"{seed}/{family.name}/turns")
+    writer = Writer(grammar, f"{settings.seed}/{family.name}", english=family.talk != OTHER_LANGUAGE)
+    draws = Draws(f"{settings.seed}/{family.name}/turns")
     prompts = writer.prompts(family.name, family.templates)
     written = 0
     for _ in range(TRIES * family.rows):
@@ -87,15 +92,18 @@ def family_rows(grammar: Grammar, family: Family, seed: int, collection: Collect
             return
         prompt = as_typed(next(prompts), draws, family.talk)
         if collection.takes(prompt):
-            yield with_turns(prompt, family.talk, writer, draws)
+            turns = with_turns(prompt, family.talk, writer, draws)
+            if settings.no_system:
+                turns = [turn for turn in turns if turn["role"] != "system"]
+            yield {"prompt": prompt} if len(turns) == 1 else {"messages": turns}
             written += 1
     if written < family.rows:
         found = f"found {written} different prompts of the family {family.name}"
         raise InputError(f"{found}, expected {family.rows}; add to its lists or lower its rows")
 
 
-def with_turns(prompt: str, talk: str, writer: Writer, draws: Draws) -> dict[str, Any]:
-    """Returns a row: the prompt alone, or with a system prompt before it or questions after it."""
+def with_turns(prompt: str, talk: str, writer: Writer, draws: Draws) -> list[dict[str, str]]:
+    """Returns the turns of a row: the prompt alone, or with a system prompt before it or questions after it."""
     lists = writer.grammar.lists
     then = lists.get(f"then.{talk}", [])
     system = [*lists.get(f"system.{talk}", []), *lists.get(f"system.{ANY}", [])] if talk != OTHER_LANGUAGE else []
@@ -107,7 +115,7 @@ def with_turns(prompt: str, talk: str, writer: Writer, draws: Draws) -> dict[str
     if system and draws.chance(SHARE_SYSTEM):
         template = writer.draws.draw(f"system of {talk}", system)
         turns = [{"role": "system", "content": writer.written(template)}, *turns]
-    return {"prompt": prompt} if len(turns) == 1 else {"messages": turns}
+    return turns
 
 
 def user_turns(path: Path) -> list[str]:
@@ -131,7 +139,7 @@ def write_prompts(settings: Settings) -> int:
     rows = {
         json.dumps(row, ensure_ascii=False): row
         for family in grammar.families.values()
-        for row in family_rows(grammar, family, settings.seed, collection)
+        for row in family_rows(grammar, family, settings, collection)
     }
     order = Draws(f"{settings.seed}/order").shuffled(list(rows))
     numbered = enumerate(order, len(by_hand) + 1)

@@ -178,6 +178,28 @@ def test_seed_decides_over_everything(files: Files) -> None:
     assert written[0] == written[1] != written[2]
 
 
+def test_no_system_leaves_out_system_prompts_alone(files: Files) -> None:
+    grammar = (
+        "=== n rows=80 talk=fact\nSay {100..999}.\n--- then.fact\nAnd {1..99}?\n--- system.any\nBe kind. | Be brief.\n"
+    )
+    assert files.run(grammar) == 0
+    everything = files.rows()
+    assert files.run(grammar, "--no_system") == 0
+    told = [[turn for turn in row.get("messages", ()) if turn["role"] != "system"] for row in everything]
+    expected = [
+        {"id": row["id"], "messages": turns}
+        if len(turns) > 1
+        else {"id": row["id"], "prompt": turns[0]["content"]}
+        if turns
+        else row
+        for row, turns in zip(everything, told, strict=True)
+    ]
+    assert sorted(map(str, files.rows()[1:])) != sorted(map(str, everything[1:]))
+    assert {json.dumps({**row, "id": ""}) for row in files.rows()} == {
+        json.dumps({**row, "id": ""}) for row in expected
+    }
+
+
 @pytest.mark.parametrize(
     ("grammar", "message"),
     [
