@@ -1,6 +1,6 @@
-"""Write prompts.jsonl: the prompts that people wrote, and thousands more from the grammar beside this file.
+"""Write prompts.jsonl: the prompts that were written by hand, and thousands more from the grammar beside this file.
 
-The same seed gives the same bytes. What people wrote comes first, everything else in a mixed order. Prompts that are nearly
+The same seed gives the same bytes. What was written by hand comes first, everything else in a mixed order. Prompts that are nearly
 the same as a held-out one are left out, and so are those that are there already. Some rows have a system prompt or go on
 with further questions. README.md beside this file says how the grammar is written.
 """
@@ -132,6 +132,8 @@ def write_prompts(settings: Settings) -> int:
     files = sorted(settings.grammar.glob("*.txt"))
     if not files:
         raise InputError(f"found no .txt in {settings.grammar}, expected the files of a grammar; check --grammar")
+    if settings.by_hand.suffix != ".jsonl":
+        raise InputError(f"found --by_hand {settings.by_hand}, expected .jsonl, whose lines are copied as they are")
     check_paths([settings.by_hand, settings.held_out], [settings.output_path], settings.overwrite)
     grammar = read_grammar(files)
     collection = Collection(user_turns(settings.held_out), user_turns(settings.by_hand))

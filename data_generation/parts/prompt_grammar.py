@@ -22,8 +22,8 @@ from parts.raw_rows import InputError
 ESCAPED = {"\\n": "\n", "\\{": "\ue000", "\\}": "\ue001", "\\|": "\ue002", "\\#": "\ue003"}
 LITERALS = str.maketrans({"\ue000": "{", "\ue001": "}", "\ue002": "|", "\ue003": "#"})
 INNERMOST = re.compile(r"\{([^{}]*)\}")
-NUMBER = re.compile(r"(\d+)\.\.(\d+)(?::(\d+))?")
-FAMILY = re.compile(r"=== (\S+) rows=(\d+) talk=(\S+)")
+NUMBER = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})(?::([0-9]{1,9}))?")
+FAMILY = re.compile(r"=== (\S+) rows=([0-9]{1,9}) talk=(\S+)")
 A_BEFORE_VOWEL = re.compile(r"\b([Aa]) (?=[aeiou])(?!uni|use|usu|eu|one\b|once|u[kt])")
 ANY = "any"  # in place of a kind of talk: fits every one
 REDRAWS = 20
@@ -98,7 +98,7 @@ def read_grammar(paths: Sequence[Path]) -> Grammar:
     for path in paths:
         opened: list[str] | None = None
         splits = False
-        for count, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for count, line in enumerate(_lines(path), 1):
             where, text = f"{path}:{count}", line.strip()
             if not text or text.startswith("#"):
                 continue
@@ -114,6 +114,13 @@ def read_grammar(paths: Sequence[Path]) -> Grammar:
                 places.setdefault(item.strip(" "), where)
     _check(grammar, places)
     return grammar
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: found bytes that are no UTF-8, expected text; save it as UTF-8") from error
 
 
 def _section(grammar: Grammar, text: str, where: str) -> list[str]:
@@ -142,7 +149,12 @@ def _check(grammar: Grammar, places: dict[str, str]) -> None:
         for item in items:
             for inner in INNERMOST.findall(item):
                 slot = inner.removeprefix("^").partition("@")[0]
-                if "|" not in inner and not NUMBER.fullmatch(slot) and slot not in grammar.lists:
+                number = NUMBER.fullmatch(slot)
+                if number and (int(number[1]) > int(number[2]) or int(number[3] or 1) == 0):
+                    raise InputError(
+                        f"{places[item]}: found {{{inner}}}, expected numbers upwards, as {{1..9}} or {{1..9:2}}"
+                    )
+                if "|" not in inner and not number and slot not in grammar.lists:
                     raise InputError(f"{places[item]}: found {{{inner}}}, expected the name of a list; correct it")
 
 
@@ -162,6 +174,10 @@ class Writer:
         """Returns one prompt from a template, beginning with a capital letter."""
         text = self.expanded(template, {}, DEPTH).translate(LITERALS)
         text = re.sub(r" +(?=\n|$)", "", text.strip())
+        if not text:
+            raise InputError(
+                f"found nothing where {shorten(template)} was filled in, expected text; leave no choice empty"
+            )
         if self.english:
             text = A_BEFORE_VOWEL.sub(r"\1n ", text)
         return text[0].upper() + text[1:]

@@ -209,6 +209,10 @@ def test_no_system_leaves_out_system_prompts_alone(files: Files) -> None:
         ("--- a\nx\n--- a\ny\n", "g.txt:3: found --- a, expected a new name"),
         ("=== say rows=2 talk=fact\n", "found the section say without lines"),
         ("=== say rows=2 talk=fact\nSay.\n--- then.facts\nAnd?\n", "found the list then.facts, expected then.TALK"),
+        ("=== say rows=2 talk=fact\nSay {9..3}.\n", "g.txt:2: found {9..3}, expected numbers upwards"),
+        ("=== say rows=2 talk=fact\nSay {1..3:0@n}.\n", "g.txt:2: found {1..3:0@n}, expected"),
+        ("=== say rows=2 talk=fact\nSay {1..3:00}.\n", "g.txt:2: found {1..3:00}, expected numbers upwards"),
+        ("=== say rows=9 talk=fact\n{a|}\n", "found nothing where '{a|}' was filled in"),
         ("=== say rows=2 talk=fact\n{a}\n--- a\n{b}\n--- b\n{a}\n", "name each other in a circle"),
     ],
 )
@@ -218,6 +222,14 @@ def test_a_grammar_that_makes_no_sense_is_one_line(
     assert files.run(grammar) == 2
     error = capsys.readouterr().err
     assert error.startswith("write_prompts.py: error: ") and message in error and error.count("\n") == 1
+
+
+def test_files_that_cannot_be_read_are_one_line(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    (files.directory / "grammar" / "a.txt").write_bytes(b"=== a rows=1 talk=fact\n\xff\n")
+    assert files.run(COLOURS.format(2)) == 2
+    assert "a.txt: found bytes that are no UTF-8" in capsys.readouterr().err
+    assert files.run(COLOURS.format(2), "--by_hand", str(files.directory / "hand.txt")) == 2
+    assert "hand.txt, expected .jsonl" in capsys.readouterr().err
 
 
 def test_no_grammar_is_one_line(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
