@@ -1,5 +1,6 @@
 """data_generation/write_prompts.py and its grammar: the committed prompts are the program's, new, varied and none is held out."""
 
+import functools
 import json
 import re
 from collections import Counter
@@ -10,7 +11,7 @@ import pytest
 
 import write_prompts
 from parts.near_duplicates import COMMON, NearDuplicates, same_text_key, words_of
-from parts.prompt_files import read_rows
+from parts.prompt_files import Row, read_rows
 from parts.prompt_grammar import InputError, Writer, read_grammar
 
 HERE = Path(write_prompts.__file__).parent
@@ -18,9 +19,14 @@ PROMPTS, BY_HAND, HELD_OUT = (HERE / f"prompts{name}.jsonl" for name in ("", "_b
 GRAMMAR = read_grammar(sorted((HERE / "grammar").glob("*.txt")))
 
 
+@functools.cache
+def rows_of(path: Path) -> list[Row]:
+    return list(read_rows(str(path)))
+
+
+@functools.cache
 def first_prompts(path: Path = PROMPTS) -> list[str]:
-    rows = read_rows(str(path))
-    return [next(turn["content"] for turn in row.turns if turn["role"] == "user") for row in rows]
+    return [next(turn["content"] for turn in row.turns if turn["role"] == "user") for row in rows_of(path)]
 
 
 def test_committed_prompts_are_what_the_program_writes_byte_for_byte(tmp_path: Path) -> None:
@@ -34,7 +40,7 @@ def test_committed_prompts_are_many_distinct_and_small() -> None:
     assert len(prompts) >= 20_000
     assert len({same_text_key(prompt) for prompt in prompts}) == len(prompts)
     assert PROMPTS.stat().st_size < 4_000_000
-    assert len({row.id for row in read_rows(str(PROMPTS))}) == len(prompts)
+    assert len({row.id for row in rows_of(PROMPTS)}) == len(prompts)
     assert PROMPTS.read_bytes().startswith(BY_HAND.read_bytes())
 
 
@@ -49,7 +55,7 @@ def test_committed_prompts_are_varied() -> None:
 
 
 def test_committed_rows_have_follow_ups_and_system_prompts() -> None:
-    roles = [[turn["role"] for turn in row.turns] for row in read_rows(str(PROMPTS))]
+    roles = [[turn["role"] for turn in row.turns] for row in rows_of(PROMPTS)]
     assert sum(each.count("user") > 1 for each in roles) > 3_000
     assert sum(each[0] == "system" for each in roles) > 2_000
     assert {tuple(each) for each in roles} <= {
@@ -59,7 +65,7 @@ def test_committed_rows_have_follow_ups_and_system_prompts() -> None:
 
 def test_committed_prompts_show_nothing_of_the_grammar() -> None:
     names = {*GRAMMAR.lists, *GRAMMAR.families}
-    for row in read_rows(str(PROMPTS)):
+    for row in rows_of(PROMPTS):
         for turn in row.turns:
             text = turn["content"]
             assert not re.search("[\ue000-\uf8ff]", text)
@@ -69,7 +75,7 @@ def test_committed_prompts_show_nothing_of_the_grammar() -> None:
 
 def test_no_committed_prompt_is_nearly_a_held_out_one() -> None:
     held_out = NearDuplicates(first_prompts(HELD_OUT))
-    turns = {turn["content"] for row in read_rows(str(PROMPTS)) for turn in row.turns if turn["role"] == "user"}
+    turns = {turn["content"] for row in rows_of(PROMPTS) for turn in row.turns if turn["role"] == "user"}
     assert {text: found for text in turns if (found := held_out.like(text))} == {}
 
 
