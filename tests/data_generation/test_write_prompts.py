@@ -63,6 +63,17 @@ def test_committed_rows_have_follow_ups_and_system_prompts() -> None:
     }
 
 
+def test_pages_say_how_many_prompts_there_are() -> None:
+    readme = " ".join((HERE / "README.md").read_text(encoding="utf-8").split())
+    roles = [[turn["role"] for turn in row.turns] for row in rows_of(PROMPTS)]
+    assert f"{len(roles):,} prompts to train on" in readme
+    assert f"{len(GRAMMAR.families)} families of tasks" in readme
+    assert f"{sum(each.count('user') > 1 for each in roles):,} go on with further questions" in readme
+    assert f"{sum(each[0] == 'system' for each in roles):,} begin with a system prompt" in readme
+    pages = ("docs/training.md", *(f"examples/medusa/{name}.yml" for name in ("qwen3", "mistral_7b_instruct")))
+    assert all(f"{len(roles):,}" in (HERE.parent / page).read_text(encoding="utf-8") for page in pages)
+
+
 def test_committed_prompts_show_nothing_of_the_grammar() -> None:
     names = {*GRAMMAR.lists, *GRAMMAR.families}
     for row in rows_of(PROMPTS):
