@@ -16,7 +16,7 @@ from demo import __main__ as demo
 from demo.smollm2 import unpacked
 from example_tokenizers import ZEPHYR, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_medusa.model.anatomy import output_embedding
 from axolotl_medusa.model.file_names import HEADS_FILE
@@ -106,6 +106,23 @@ def test_answers_are_every_third_prompt_in_the_chat_template(folder: Path) -> No
     tokenizer = make_tokenizer("zephyr")
     assert tokenizer.decode(answers[1].prompt) == f"<|user|>\nQuestion {3 * 7919}?</s>\n<|assistant|>\n"
     assert len({tuple(each.answer) for each in answers}) == len(answers)
+
+
+def test_answers_are_the_greedy_text_up_to_its_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    prompts = read_prompts(folder / "prompts.jsonl")[:6]
+    monkeypatch.setattr(floors, "TOGETHER", 4)
+    whole = floors.answered(model, tokenizer, prompts)
+    for each in whole:
+        inputs = torch.tensor([each.prompt])
+        text = model.generate(inputs, max_new_tokens=floors.ANSWER_TOKENS, do_sample=False)[0, inputs.shape[1] :]
+        assert each.answer == text.tolist()
+        assert each.ended is (each.answer[-1] == model.generation_config.eos_token_id)
+    model.generation_config.eos_token_id = [whole[0].answer[5], 1]
+    first = floors.answered(model, tokenizer, prompts)[0]
+    end = whole[0].answer.index(whole[0].answer[5]) + 1
+    assert first.ended and first.answer == whole[0].answer[:end]
 
 
 def test_heads_reach_what_they_reached(folder: Path, check: Check) -> None:
