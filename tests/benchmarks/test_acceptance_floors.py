@@ -191,7 +191,6 @@ def test_what_is_measured_is_the_share_of_chains_that_are_right(monkeypatch: pyt
     assert floors.measured(model, [ended])["accepted_up_to_head"] == [0.75, 0.25]
 
 
-@pytest.mark.skipif(not ANSWERS.is_file(), reason="no answers are recorded yet")
 def test_committed_answers_are_small_and_in_the_template_of_smollm2() -> None:
     assert ANSWERS.stat().st_size < 60_000
     answers, prompts = floors.read_answers(), read_prompts(HELDOUT_PROMPTS)
