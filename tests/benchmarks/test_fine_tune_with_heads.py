@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import fine_tune_data as data
 from benchmarks import fine_tune_with_heads as bench
 from benchmarks.fine_tune_with_heads import AFTERWARDS, PLAIN, WITH_HEADS, FineTune
 from example_tokenizers import ZEPHYR, make_tokenizer
@@ -25,15 +26,15 @@ def model_dir(tmp_path: Path, model_factory) -> Path:
     return tmp_path / "model"
 
 
-def batches(model_dir: Path, count: int = 6, seed: int = 0) -> list[bench.Batch]:
+def batches(model_dir: Path, count: int = 6, seed: int = 0) -> list[data.Batch]:
     tokenizer = make_tokenizer("zephyr")
     tokenizer.chat_template = ZEPHYR + "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-    return bench.batches_of(bench.orders(count, seed), tokenizer, 2)
+    return data.batches_of(data.orders(count, seed), tokenizer, 2)
 
 
 def test_orders_are_the_same_for_a_seed_and_answered_rightly():
-    made = bench.orders(30, seed=3)
-    assert made == bench.orders(30, seed=3) != bench.orders(30, seed=4)
+    made = data.orders(30, seed=3)
+    assert made == data.orders(30, seed=3) != data.orders(30, seed=4)
     for question, answer in made:
         fields = json.loads(answer["content"])
         (line,) = fields["lines"]
@@ -44,7 +45,7 @@ def test_orders_are_the_same_for_a_seed_and_answered_rightly():
 
 def test_labels_are_the_answer_and_padding_has_none(model_dir):
     tokenizer = make_tokenizer("zephyr")
-    (_, answer), (_, other) = bench.orders(2, seed=5)
+    (_, answer), (_, other) = data.orders(2, seed=5)
     (batch,) = batches(model_dir, 2, seed=5)
     for row, text in zip(batch.labels, (answer["content"], other["content"]), strict=True):
         assert tokenizer.decode(row[row != -100]) == text + "</s>"
@@ -58,7 +59,7 @@ def test_heads_that_weigh_nothing_leave_the_fine_tune_as_it_is(model_dir):
     for weight in (None, 1e-12, 30.0):
         run = FineTune(model_dir, 0, 4, weight)
         before = run.reached(batches(model_dir, seed=1))["heldout_loss"]
-        for batch in bench.shuffled(batches(model_dir), 4, seed=0):
+        for batch in data.shuffled(batches(model_dir), 4, seed=0):
             run.step(batch)
         losses.append(run.reached(batches(model_dir, seed=1))["heldout_loss"])
         assert before - losses[-1] > 1e-3
@@ -80,7 +81,7 @@ def test_heads_afterwards_train_alone(model_dir):
 
 def test_acceptance_length_is_that_of_its_definition(model_dir):
     run = FineTune(model_dir, 0, 30, 1.0)
-    for batch in bench.shuffled(batches(model_dir, 12), 30, seed=0):
+    for batch in data.shuffled(batches(model_dir, 12), 30, seed=0):
         run.step(batch)
     heldout = batches(model_dir, seed=0)
     found = run.reached(heldout)
@@ -148,4 +149,4 @@ def test_own_conversations_must_end_with_an_answer(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, {"prompt": "c"}]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="row 2 has no 'messages'"):
-        bench.read_conversations(tmp_path / "own.jsonl")
+        data.read_conversations(tmp_path / "own.jsonl")
