@@ -26,7 +26,7 @@ from demo.__main__ import MODEL, WORK
 from demo.model_server import ENVIRONMENT, ROOT, VLLM_PYTHON, half_precision, server
 
 COMMAND = ROOT / "data_generation" / "generate.py"
-PROMPTS = ROOT / "data_generation" / "prompts.jsonl"
+PROMPTS = ROOT / "data_generation" / "prompts_by_hand.jsonl"
 WARM_UP_PROMPTS = ROOT / "data_generation" / "prompts_heldout.jsonl"
 RESULTS = ROOT / "benchmarks" / "results" / "vllm_throughput.json"
 WARM_UP = 8

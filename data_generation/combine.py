@@ -1,25 +1,28 @@
-"""Combine several files of conversations: merge, remove duplicates, sample, shuffle, with a count of each.
+"""Combine several files of conversations: merge, remove duplicates, sample or mix by weights, shuffle, and count it all.
 
-Files are taken in the order given. Of identical conversations the first is kept; then each file's sample is drawn from
-what is left of it. An id that stands for another conversation already gets a suffix made from its conversation, so that
-ids stay unique. Sample and order depend on the conversations and the seed alone. README.md beside this file has the
-commands.
+Files are taken in the order given. Of identical conversations the first is kept; then each file's sample, or its share by
+weights, is drawn from what is left of it. An id that stands for another conversation already gets a suffix made from its
+conversation, so that ids stay unique. Prompts with and without further turns become one layout. Sample and order depend on
+the conversations and the seed alone. README.md beside this file has the commands.
 """
 
 import json
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from reprlib import repr as shorten
 
-from parts.command_line import flag, parse_flags, speaker
-from parts.conversation_rows import ConversationRow, dump_row, parse_conversation
+from parts.command_line import flag, number, parse_flags, speaker
+from parts.conversation_rows import dump_row, parse_conversation
 from parts.file_command import check_paths, run_command, write_whole
 from parts.prompt_files import InputError, id_key, parse_json
 from parts.raw_rows import ARCHIVES, lines_of
+from parts.row_kinds import RowKinds, as_messages
+from parts.weights import parse_weights, rows_by_weight
 
 say = speaker(__file__)
 SUFFIX_DIGITS = 8
@@ -37,6 +40,18 @@ class Settings:
         metadata=flag(
             "take only so many rows of a file: PATH=500 or PATH=25%%", [], action="extend", nargs="+", metavar="PATH=N"
         )
+    )
+    weights: list[str] = field(
+        metadata=flag(
+            "mix all files in these proportions, no row twice: PATH=3 OTHER=1",
+            [],
+            action="extend",
+            nargs="+",
+            metavar="PATH=W",
+        )
+    )
+    rows: int | None = field(
+        metadata=flag("rows of the mix (default: as many as the weights allow)", type=number(int, 1))
     )
     shuffle: bool = field(metadata=flag("shuffle the rows", False, action="store_true"))
     seed: int = field(metadata=flag("another seed gives another sample and order (default: 0)", 0, type=int))
@@ -89,31 +104,15 @@ def sample_size(size: str, available: int) -> int:
     return min(int(size), available)
 
 
-class RowKinds:
-    """Sees to it that the rows of all inputs can be trained on together."""
+@dataclass
+class Candidates:
+    """What is left of an input after duplicates: where each row begins, and hashes of its conversation and id."""
 
-    def __init__(self, common_keys: bool) -> None:
-        """Starts with no rows; `common_keys`: rows may have different keys, and keep those that all have."""
-        self.common_keys = common_keys
-        self.first = ""
-        self.kind: tuple[str, bool] = ("", False)
-        self.keys: frozenset[str] = frozenset()
-        self.differ = False
-
-    def check(self, row: ConversationRow, where: str) -> None:
-        """Compares a row with those before it; raises InputError if it does not go with them."""
-        kind, keys = (row.layout, "input_ids" in row.record), row.record.keys()
-        if not self.first:
-            self.first, self.kind, self.keys = where, kind, frozenset(keys)
-        if kind != self.kind:
-            found, expected = (f"'{layout}' with{'' if ids else 'out'} token ids" for layout, ids in (kind, self.kind))
-            raise InputError(f"{where}: found {found}, expected {expected} as in {self.first}; make all in one layout")
-        if keys != self.keys:
-            odd = ", ".join(sorted(keys ^ self.keys))
-            if not self.common_keys:
-                advice = "add --common_keys to leave out what not all rows have"
-                raise InputError(f"{where}: found other keys ({odd}) than in {self.first}, expected the same; {advice}")
-            self.keys, self.differ = self.keys & keys, True
+    source: int
+    counts: Counts
+    offsets: "array[int]" = field(default_factory=lambda: array("Q"))
+    contents: "array[int]" = field(default_factory=lambda: array("Q"))
+    ids: "array[int]" = field(default_factory=lambda: array("Q"))
 
 
 class Plan:
@@ -128,45 +127,65 @@ class Plan:
         self.known_contents: set[int] = set()
         self.known_ids: dict[int, int] = {}
 
-    def add_file(self, source: int, wanted: str | None) -> Counts:
-        """Reads an input and plans to write what is left after duplicates and sampling."""
+    def read_file(self, source: int, apart: bool) -> Candidates:
+        """Reads an input and returns what is left after duplicates; `apart`: later files may have the same rows."""
         path = self.settings.data_path[source]
-        counts = Counts(str(path))
-        offsets, contents, ids = array("Q"), array("Q"), array("Q")
-        seen: set[int] = set() if wanted else self.known_contents  # what a sample leaves out may come in a later file
+        found = Candidates(source, Counts(str(path)))
+        seen: set[int] = set() if apart else self.known_contents
         for where, offset, line in read_lines(path):
             row = parse_conversation(line, where)
             self.kinds.check(row, where)
-            counts.rows += 1
+            found.counts.rows += 1
             if not self.settings.keep_duplicates:
                 if row.content in seen or row.content in self.known_contents:
-                    counts.duplicates += 1
+                    found.counts.duplicates += 1
                     continue
                 seen.add(row.content)
-            offsets.append(offset)
-            contents.append(row.content)
-            ids.append(row.content if row.id is None else id_key(row.id))
-        kept = self.draw(contents, wanted)
-        for index in kept:
-            is_new = self.known_ids.setdefault(ids[index], contents[index]) == contents[index]
-            self.renamed.append(not is_new)
-            counts.new_ids += not is_new
-            self.sources.append(source)
-            self.offsets.append(offsets[index])
-            self.contents.append(contents[index])
-        if wanted and not self.settings.keep_duplicates:
-            self.known_contents.update(contents[index] for index in kept)
-        counts.written, counts.sampled_out = len(kept), len(contents) - len(kept)
-        if wanted and not wanted.endswith("%") and int(wanted) > len(kept):
-            say(f"warning: {path} has {len(kept)} rows to sample {wanted} from; all of them are taken")
-        return counts
+            found.offsets.append(offset)
+            found.contents.append(row.content)
+            found.ids.append(row.content if row.id is None else id_key(row.id))
+        return found
 
-    def draw(self, contents: Sequence[int], wanted: str | None) -> Sequence[int]:
+    def take(self, found: Candidates, wanted: int | None) -> None:
+        """Plans to write so many rows of an input, or all of them."""
+        kept = self.draw(found.contents, wanted)
+        for index in kept:
+            is_new = self.known_ids.setdefault(found.ids[index], found.contents[index]) == found.contents[index]
+            self.renamed.append(not is_new)
+            found.counts.new_ids += not is_new
+            self.sources.append(found.source)
+            self.offsets.append(found.offsets[index])
+            self.contents.append(found.contents[index])
+        if not self.settings.keep_duplicates:
+            self.known_contents.update(found.contents[index] for index in kept)
+        found.counts.written, found.counts.sampled_out = len(kept), len(found.contents) - len(kept)
+
+    def add_sampled(self, samples: Mapping[Path, str]) -> list[Counts]:
+        """Plans to write each input, or its sample, one after the other: what a sample leaves out may come in a later file."""
+        inputs = []
+        for source, path in enumerate(self.settings.data_path):
+            size = samples.get(path)
+            found = self.read_file(source, apart=size is not None)
+            self.take(found, None if size is None else sample_size(size, len(found.contents)))
+            inputs.append(found.counts)
+            if size and not size.endswith("%") and int(size) > found.counts.written:
+                say(f"warning: {path} has {found.counts.written} rows to sample {size} from; all of them are taken")
+        return inputs
+
+    def add_weighted(self, weights: Mapping[Path, Fraction]) -> list[Counts]:
+        """Plans to write as much of each input as its weight says; raises InputError if it has not so much."""
+        inputs = [self.read_file(source, apart=False) for source in range(len(self.settings.data_path))]
+        available = {Path(found.counts.path): len(found.contents) for found in inputs}
+        for found, rows in zip(inputs, rows_by_weight(weights, available, self.settings.rows), strict=True):
+            self.take(found, rows)
+        return [found.counts for found in inputs]
+
+    def draw(self, contents: Sequence[int], wanted: int | None) -> Sequence[int]:
         """Returns the numbers of the rows in a file's sample, in order."""
         if wanted is None:
             return range(len(contents))
         lots = sorted(range(len(contents)), key=lambda index: id_key(f"{self.settings.seed}/draw/{contents[index]}"))
-        return sorted(lots[: sample_size(wanted, len(contents))])
+        return sorted(lots[:wanted])
 
     def lines(self) -> Iterator[bytes]:
         """Streams the planned lines, byte for byte where neither id nor keys change."""
@@ -179,15 +198,17 @@ class Plan:
                 file = files[self.sources[index]]
                 file.seek(self.offsets[index])
                 line = file.readline()
-                if self.renamed[index] or self.kinds.differ:
+                if self.renamed[index] or self.kinds.differ or self.kinds.mixed:
                     line = self.changed(line, index)
                 yield line if line.endswith(b"\n") else line + b"\n"
 
     def changed(self, line: bytes, index: int) -> bytes:
-        """Returns a line with a new id, if it needs one, and with the keys that all rows have."""
+        """Returns a line with a new id, if it needs one, and with the keys and the layout that all rows have."""
         record = parse_json(line, "a row that was read before")
         if self.renamed[index]:
             record["id"] = f"{record['id']}-{f'{self.contents[index]:015x}'[:SUFFIX_DIGITS]}"
+        if self.kinds.mixed:
+            record = as_messages(record)
         return dump_row({key: value for key, value in record.items() if key in self.kinds.keys})
 
 
@@ -211,10 +232,15 @@ def combine(settings: Settings) -> int:
     Raises:
         InputError: If the flags, the files or a row cannot be used, rows do not go together, or none is left.
     """
-    wanted = parse_samples(settings.sample, settings.data_path)
+    samples = parse_samples(settings.sample, settings.data_path)
+    weights = parse_weights(settings.weights, settings.data_path)
+    if (settings.sample and weights) or (settings.rows and not weights):
+        raise InputError(
+            "found --sample with --weights, or --rows without, expected --sample, or --weights with or without --rows"
+        )
     check_paths(settings.data_path, [settings.output_path, settings.report_path], settings.overwrite)
     plan = Plan(settings)
-    inputs = [plan.add_file(source, wanted.get(path)) for source, path in enumerate(settings.data_path)]
+    inputs = plan.add_weighted(weights) if weights else plan.add_sampled(samples)
     if not plan.offsets:
         raise InputError(f"found no rows in {shorten([str(path) for path in settings.data_path])}, expected some")
     write_whole(settings.output_path, plan.lines())
@@ -226,6 +252,7 @@ def combine(settings: Settings) -> int:
         "inputs": [asdict(counts) for counts in inputs],
         "total": asdict(total),
         "sample": settings.sample,
+        "weights": settings.weights,
         "shuffle": settings.shuffle,
         "seed": settings.seed,
         "keys": sorted(plan.kinds.keys),

@@ -30,7 +30,8 @@ class ConversationRow:
         layout: Which of LAYOUTS it has.
         prompt: Key of the first user turn, whatever its case and white space. Where nothing tells the prompt apart
             (a row of text), of all of it.
-        content: Key of all turns and their roles; the same in the layouts "messages" and "conversations".
+        content: Key of all turns and their roles; the same in the layouts "messages" and "conversations", and for one user
+            turn in "prompt" too.
     """
 
     record: dict[str, Any]
@@ -92,7 +93,8 @@ def parse_conversation(line: str | bytes, where: str) -> ConversationRow:
         turns = parse_turns(record, where)
         prompt = next((turn["content"] for turn in turns if turn["role"] == "user"), "")
         content = json.dumps([[turn["role"], said(turn)] for turn in turns])
-        keys = prompt_key(prompt or content), id_key(content)
+        alone = len(turns) == 1 and bool(prompt)  # the same as the layout "prompt"
+        keys = prompt_key(prompt or content), id_key(prompt if alone else content)
     elif layout == "input_ids":
         content = json.dumps([record["input_ids"], record.get("labels")])
         keys = id_key(json.dumps(token_prompt(record, where))), id_key(content)

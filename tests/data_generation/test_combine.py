@@ -3,12 +3,14 @@
 import gzip
 import json
 import random
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import combine
+from parts import weights as weights_part
 
 
 def row(row_id: str, prompt: str, answer: str = "yes", **extra: Any) -> dict[str, Any]:
@@ -233,3 +235,103 @@ def test_combine_replaces_a_report_only_when_it_may(files: Files, capsys: pytest
     assert files.counts()[-1][1] == 5
     assert files.run([report]) == 2
     assert "named twice" in capsys.readouterr().err
+
+
+def test_combine_with_weights_mixes_in_proportion_as_much_as_there_is(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs, public, scratch = (
+        files.numbered(name, rows)
+        for name, rows in (("l.jsonl", range(300)), ("p.jsonl", range(250, 450)), ("s.jsonl", range(450, 1450)))
+    )
+    flags = ("--weights", f"{logs}=3", f"{public}=1.5", f"{scratch}=0.5")
+    assert files.run([logs, public, scratch], *flags) == 0
+    assert files.counts() == [(300, 300, 0, 0), (200, 150, 50, 0), (1000, 50, 0, 950), (1500, 500, 50, 950)]
+    prompts = files.prompts()
+    assert prompts[:450] == list(range(450))
+    assert len(set(prompts)) == 500
+    assert json.loads(Path(f"{files.output}.report.json").read_text())["weights"] == list(flags[1:])
+    assert "s.jsonl: 1000 rows = 50 written + 0 duplicates + 950 sampled out" in capsys.readouterr().out
+
+
+def test_combine_with_weights_and_rows_is_reproducible_and_exact(files: Files) -> None:
+    paths = [files.numbered(f"{name}.jsonl", range(100 * name, 100 * name + 100)) for name in range(3)]
+    flags = ("--weights", *(f"{path}=1" for path in paths), "--rows", "100", "--shuffle", "--overwrite")
+    written = []
+    for seed in ("0", "0", "1"):
+        assert files.run(paths, *flags, "--seed", seed) == 0
+        assert [entry[1] for entry in files.counts()] == [34, 33, 33, 100]
+        written.append(files.output.read_bytes())
+    assert written[0] == written[1] != written[2]
+    assert files.run(paths[:1], "--sample", f"{paths[0]}=34", "--overwrite") == 0
+    drawn = set(files.prompts())
+    assert drawn == {int(line.split(b'"prompt ')[1].split(b'"')[0]) for line in written[0].splitlines()} & set(
+        range(100)
+    )
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 10, 99, 100])
+def test_shares_add_up_and_none_is_a_row_off(total: int) -> None:
+    weights = {Path(name): Fraction(weight) for name, weight in (("a", "5"), ("b", "0.3"), ("c", "2"))}
+    rows = weights_part._shares(weights, total)
+    assert sum(rows) == total
+    for row_count, weight in zip(rows, weights.values(), strict=True):
+        assert abs(row_count - total * weight / sum(weights.values())) < 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--weights", "{a}=1"], "found no weight for {b}, expected one for each of --data_path; add {b}=1"),
+        (["--weights", "{a}=1", "{b}=0"], "found --weights {b}=0, expected a number above 0"),
+        (["--weights", "{a}=1", "{b}=-2"], "found --weights {b}=-2, expected a number above 0"),
+        (["--weights", "{a}=1", "{b}=nan"], "found --weights {b}=nan, expected a number above 0"),
+        (["--weights", "{a}=1", "{b}=1/2"], "expected a number above 0"),
+        (["--weights", "{a}=1", "{b}="], "expected a number above 0"),
+        (["--weights", "{a}=1", "{b}=."], "expected a number above 0"),
+        (["--weights", "{a}=1", "{a}=1", "{b}=1"], "found --weights {a}=1, expected PATH=W once"),
+        (["--weights", "c.jsonl=1"], "found --weights c.jsonl=1, expected PATH=W once"),
+        (["--weights", "{a}=1", "{b}=1", "--rows", "50"], "found 20 different rows in {b}, expected 25 for its weight in 50"),
+        (["--weights", "{a}=1", "{b}=999"], "found no row of {a} in a mix of 20"),
+        (["--weights", "{a}=1", "{b}=1", "--sample", "{a}=5"], "found --sample with --weights"),
+        (["--rows", "5"], "--rows without"),
+    ],
+)  # fmt: skip
+def test_combine_with_weights_that_make_no_sense_is_one_line(
+    files: Files, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"a": files.numbered("a.jsonl", range(30)), "b": files.numbered("b.jsonl", range(25, 45))}
+    names["b"].write_text(names["b"].read_text() + files.numbered("c.jsonl", range(45, 50)).read_text())
+    assert files.run([names["a"], names["b"]], *(each.format(**names) for each in flags)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("combine.py: error: ") and message.format(**names) in error and error.count("\n") == 1
+    assert not files.output.exists()
+
+
+def test_combine_makes_messages_of_prompts_where_both_are_mixed(files: Files) -> None:
+    prompts = files.write("p.jsonl", {"id": "1", "prompt": "é"}, {"id": "2", "prompt": "two"})
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "é"}]
+    logs = files.write("l.jsonl", {"id": "3", "messages": turns[1:]}, {"id": "2", "messages": turns})
+    assert files.run([prompts, logs]) == 0
+    first, second, third = files.rows()
+    assert first == {"id": "1", "messages": turns[1:]}
+    assert second == {"id": "2", "messages": [{"role": "user", "content": "two"}]}
+    assert third["id"].startswith("2-") and third["messages"] == turns
+    assert files.counts() == [(2, 2, 0, 0), (2, 1, 1, 0), (4, 3, 1, 0)]
+    assert files.run([logs, prompts], "--overwrite") == 0
+    assert files.counts()[-1] == (4, 3, 1, 0)
+    assert all(set(each) == {"id", "messages"} for each in files.rows())
+    assert files.run([prompts], "--overwrite") == 0
+    assert files.output.read_bytes() == prompts.read_bytes()
+
+
+def test_combine_mixes_our_prompts_with_logs_by_weights(files: Files) -> None:
+    ours = Path(combine.__file__).with_name("prompts.jsonl")
+    logs = files.write(
+        "l.jsonl", *({"id": f"l{n}", "messages": [{"role": "user", "content": f"log {n}"}]} for n in range(60))
+    )
+    flags = ("--weights", f"{ours}=2", f"{logs}=1", "--rows", "90", "--shuffle")
+    assert files.run([ours, logs], *flags) == 0
+    rows = files.rows()
+    assert sum(row["id"].startswith("l") for row in rows) == 30 and len(rows) == 90
+    assert all(row["messages"][-1]["role"] == "user" for row in rows)

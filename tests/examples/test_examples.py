@@ -8,6 +8,7 @@ import pytest
 import yaml
 from example_files import (
     BIG,
+    FINE_TUNE,
     FOLDER,
     GPUS,
     LORA,
@@ -50,6 +51,7 @@ RECIPES = {
     "zephyr_7b_self_distillation": {**SELF_DISTILLATION, "adapter": "lora"},
     "mistral_7b_instruct": MEDUSA_1,
     "qwen3": {**SELF_DISTILLATION, "adapter": "lora"},
+    "qwen3_fine_tune": {**STAGE_2, **FINE_TUNE, "adapter": "lora"},
     "qwen3_32b": {**SELF_DISTILLATION, "adapter": "lora"},
 }
 
