@@ -19,6 +19,9 @@ LOSSES = {
     "own-softmax": LossWeights(own_softmax=0.4),
     "kl": LossWeights(cross_entropy=0.0, kl=1.0),
     "all-terms": LossWeights(cross_entropy=0.7, kl=1.3, own_softmax=0.25),
+    "tv": LossWeights(cross_entropy=0.0, tv=1.0),
+    "lk": LossWeights(cross_entropy=0.0, lk=1.0),
+    "every-term": LossWeights(cross_entropy=0.7, kl=0.4, own_softmax=0.25, tv=0.6, lk=0.8),
 }
 
 

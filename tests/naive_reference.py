@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor
@@ -92,8 +93,10 @@ def naive_loss(
                     loss = F.cross_entropy(row, one_hot)
                 else:
                     taught_by = base_logits if teacher_logits is None else teacher_logits
-                    p = torch.softmax(taught_by[b, t + column].detach(), -1)
-                    loss = (p * (p.log() - torch.log_softmax(row, -1))).sum()
+                    p, q = torch.softmax(taught_by[b, t + column].detach(), -1), torch.softmax(row, -1)
+                    kl, accepted = (p * (p.log() - torch.log_softmax(row, -1))).sum(), torch.where(q < p, q, p).sum()
+                    share = {"kl": 1.0, "tv": 0.0, "lk": math.exp(-10 * accepted.item())}[head_loss]
+                    loss = share * kl + (1 - share) * (1 - accepted)
                 losses[column].append(loss)
     total = torch.zeros(()) if only_heads else mean_over_counted(losses[0])
     for i in range(num_heads):

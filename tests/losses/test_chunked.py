@@ -48,11 +48,11 @@ class Case:
 
     def loss(self, weights=None, *, accuracies=None, layer=None, **options):
         weights = weights or LossWeights()
-        every_row = torch.arange(len(self.targets), device=DEVICE) if weights.kl else None
+        every_row = torch.arange(len(self.targets), device=DEVICE) if weights.needs_teacher else None
         prediction = Prediction(
             self.hidden, self.targets, layer or self.layer, weights, self.scale, every_row, accuracies
         )
-        loss, (result,) = chunked_loss([prediction], self.teacher if weights.kl else None, **options)
+        loss, (result,) = chunked_loss([prediction], self.teacher if weights.needs_teacher else None, **options)
         return loss, result
 
     @property
@@ -75,7 +75,7 @@ def test_chunked_loss_equals_the_reference_of_all_rows(name, bias, mode, chunk_r
     case.hidden.requires_grad_(trained != "parameters")
     case.linear.requires_grad_(trained != "hidden")
     logits = case.linear(case.hidden)
-    teacher_logits = case.teacher_logits if weights.kl else None
+    teacher_logits = case.teacher_logits if weights.needs_teacher else None
     expected, sums, _ = reference_loss(logits, case.targets, teacher_logits, weights)
     gradients = torch.autograd.grad(2.5 * 0.3 * expected, case.wanted)
     loss, result = case.loss(weights, chunk_rows=chunk_rows, accuracies=Accuracies(3), **MODES[mode])
@@ -352,8 +352,10 @@ def test_chunked_loss_in_bf16_is_no_further_from_fp32_than_plain_bf16(name, bias
     exact_teacher = (
         case.teacher_hidden.float() @ case.teacher_linear.weight.float().T + case.teacher_linear.bias.float()
     )
-    reference, _, _ = reference_loss(F.linear(*exact), case.targets, exact_teacher if weights.kl else None, weights)
-    plain_teacher = case.teacher_logits if weights.kl else None
+    reference, _, _ = reference_loss(
+        F.linear(*exact), case.targets, exact_teacher if weights.needs_teacher else None, weights
+    )
+    plain_teacher = case.teacher_logits if weights.needs_teacher else None
     plain, _, _ = reference_loss(case.linear(case.hidden), case.targets, plain_teacher, weights)
     ours, _ = case.loss(weights, chunk_rows=chunk_rows, **MODES[mode])
     assert (ours - reference).abs() <= (plain - reference).abs() + 2**-9 * reference.abs()

@@ -81,7 +81,7 @@ BOUNDS = [
     ("medusa_distillation_regularization", [0.0, 0.99], [-0.1, 1.0]),
     ("medusa_logging_topk", [1, 100], [0, 101]),
     ("medusa_lm_head", ["separate", "shared"], ["tied"]),
-    ("medusa_head_loss", ["ce", "kl"], ["mse"]),
+    ("medusa_head_loss", ["ce", "kl", "tv", "lk"], ["mse"]),
     ("medusa_heads_dtype", ["auto", "float32", "bfloat16"], ["float16"]),
     ("medusa_init_from", ["some/path"], [3]),
     ("medusa_hidden_cache", ["some/path"], [3]),

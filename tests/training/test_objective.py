@@ -81,6 +81,8 @@ CASES = {
     "medusa1-separate": dict(only_heads=True),
     "medusa1-shared": dict(only_heads=True, form="shared"),
     "medusa1-kl": dict(only_heads=True, head_loss="kl"),
+    "medusa1-tv": dict(only_heads=True, head_loss="tv"),
+    "medusa1-lk-shared-packed": dict(only_heads=True, head_loss="lk", form="shared", packed=True),
     "medusa1-two-layers": dict(only_heads=True, num_layers=2, num_heads=2),
     "medusa1-one-head": dict(only_heads=True, num_heads=1),
     "medusa1-five-heads-packed": dict(only_heads=True, num_heads=5, packed=True),
@@ -100,6 +102,10 @@ CASES = {
     ),
     "medusa2-distil-kl-heads": dict(
         lora="lm_head", lm_coefficient=0.0, kl_coefficient=1.0, head_loss="kl", num_heads=2
+    ),
+    "medusa2-tv-lm-head-packed": dict(lora="lm_head", head_loss="tv", packed=True),
+    "medusa2-distil-lk-heads": dict(
+        lora="lm_head", lm_coefficient=0.0, kl_coefficient=1.0, head_loss="lk", form="shared"
     ),
     "gemma2-softcap": dict(family="gemma2-softcap", form="shared", cap=0.5),
     "gemma2-softcap-medusa1": dict(family="gemma2-softcap", only_heads=True, cap=0.5, head_loss="kl"),
@@ -284,8 +290,17 @@ def test_objective_without_labels_is_the_models_own_forward():
     torch.testing.assert_close(model(**inputs).logits, teacher(**inputs).logits, rtol=0, atol=0)
 
 
+BF16_CASES = [
+    "medusa2-full-shared-kl",
+    "medusa2-distil-lm-head-both-terms",
+    "medusa1-separate",
+    "medusa1-tv",
+    "medusa2-distil-lk-heads",
+]
+
+
 @pytest.mark.parametrize("multiplies_bf16", [True, False], ids=["in-bf16", "in-fp32"])
-@pytest.mark.parametrize("case", ["medusa2-full-shared-kl", "medusa2-distil-lm-head-both-terms", "medusa1-separate"])
+@pytest.mark.parametrize("case", BF16_CASES)
 def test_objective_in_bf16_autocast_is_no_further_from_fp32_than_the_naive_reference(
     case, multiplies_bf16, monkeypatch
 ):

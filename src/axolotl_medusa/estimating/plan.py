@@ -47,7 +47,7 @@ class Plan:
         heads: Number of heads.
         blocks: Residual blocks of each.
         shared: Whether heads reuse lm_head.
-        teacher: Whether the loss has a divergence from a teacher.
+        teacher: Whether the loss has a distance from a teacher.
         self_distillation: Whether that teacher is a second forward of the backbone.
         adapter: Parameters of LoRA, 0 without an adapter.
         rank: Its rank.
@@ -219,7 +219,7 @@ def plan_of(
         heads=args.medusa_num_heads,
         blocks=args.medusa_num_layers,
         shared=args.medusa_lm_head == "shared",
-        teacher=args.medusa_self_distillation or args.medusa_head_loss == "kl",
+        teacher=args.medusa_self_distillation or args.medusa_head_loss != "ce",
         self_distillation=args.medusa_self_distillation,
         adapter=sizes.adapter(rank, targets, every=every),
         rank=rank,

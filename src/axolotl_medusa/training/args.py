@@ -123,10 +123,12 @@ class MedusaArgs(BaseModel):
         description="Heads directory, or an output_dir that has one, whose heads training starts from: stage 2 after stage 1 (paper, "
         "section 2.2.2). Default none: heads start at zero.",
     )
-    medusa_head_loss: Literal["ce", "kl"] = Field(
+    medusa_head_loss: Literal["ce", "kl", "tv", "lk"] = Field(
         default="ce",
-        description="ce, or kl: heads learn the base model's own distribution (the frozen self's in self-distillation). Default ce: "
-        "the paper's (section 2.2.1).",
+        description="ce: heads learn the tokens of the data. The others: they learn the base model's own distribution p (the frozen "
+        "self's in self-distillation) at the position that they predict. kl: KL(p ‖ q). tv: 1 - Σ min(p, q), what rejection "
+        "sampling refuses; its gradient is small at the start. lk: λ · kl + (1 - λ) · tv with λ = exp(-10 · Σ min(p, q)) "
+        "(arXiv 2602.23881). Default ce: the paper's (section 2.2.1).",
     )
     medusa_hidden_cache: str | None = Field(
         default=None,

@@ -41,7 +41,7 @@ Where the two recipes part:
 | backbone (7)  | frozen, without a graph or dropout; not run where | trained: with a graph                                  |
 |               | `hidden_cache` has its rows (`hidden_rows`)       |                                                        |
 | base loss (7) | only watched, on every 16th row (`_watched_base`) | a prediction like the heads' (`_base_prediction`)      |
-| teacher (7)   | the model itself, for heads that learn by `kl`    | the same, or with self-distillation the model with its |
+| teacher (7)   | the model itself, for heads that learn from it     | the same, or with self-distillation the model with its |
 |               |                                                   | adapters off (a second forward of the backbone)        |
 | backward (8)  | ends at the heads                                 | goes through the backbone                              |
 | files (10)    | the heads                                         | the heads, and the adapter or the model                |
@@ -83,6 +83,15 @@ TOP_K_SAMPLE = 16
 _OF_LM_HEAD = ("return_dict", "logits_to_keep", "skip_logits")
 """Arguments that speak of the logits; the backbone does not take them."""
 
+HeadLoss = Literal["ce", "kl", "tv", "lk"]
+
+_HEAD_LOSSES: dict[HeadLoss, LossWeights] = {
+    "ce": LossWeights(),
+    "kl": LossWeights(0.0, kl=1.0),
+    "tv": LossWeights(0.0, tv=1.0),
+    "lk": LossWeights(0.0, lk=1.0),
+}
+
 _Metric = tuple[Tensor, Tensor]
 """A sum and what it is divided by, scalars."""
 
@@ -97,8 +106,8 @@ class Objective:
         lm_coefficient: Weight of the base model's own cross-entropy.
         kl_coefficient: Weight of the base model's KL(teacher ‖ student); the teacher is the model with its adapters off.
         distillation_regularization: Share α of the model's own softmax in the base targets.
-        head_loss: `ce`, or `kl` from the teacher's distribution at the position that a head predicts; without
-            `kl_coefficient` the teacher is the model itself.
+        head_loss: `ce`, or the distance from the teacher's distribution at the position that a head predicts: `kl`, `tv` or
+            `lk` (`LossWeights`). Without `kl_coefficient` the teacher is the model itself.
         logging: Whether accuracies are computed and the acceptance length.
         logging_topk: Accuracies top 1 to k.
     """
@@ -108,7 +117,7 @@ class Objective:
     lm_coefficient: float = 1.0
     kl_coefficient: float = 0.0
     distillation_regularization: float = 0.0
-    head_loss: Literal["ce", "kl"] = "ce"
+    head_loss: HeadLoss = "ce"
     logging: bool = True
     logging_topk: int = 5
 
@@ -268,7 +277,7 @@ class _MicroBatch:
             with self.disable_adapter():
                 hidden = self._last_hidden(teacher=True).flatten(0, 1)[rows]
             return Teacher(hidden, self._output_layer(frozen_output_embedding(self.lm_head)))
-        if self.objective.head_loss == "kl":
+        if _HEAD_LOSSES[self.objective.head_loss].needs_teacher:
             return Teacher(hidden.detach(), self._output_layer(self.lm_head, frozen=True))
         return None
 
@@ -285,9 +294,9 @@ class _MicroBatch:
         own_rows = self.heads.hidden(head, hidden[counted])
         layer = self._output_layer(self.heads.output_layer(head) or self.lm_head)
         own_targets = targets[counted, head + 1]
-        weights, same_token = LossWeights(), None
-        if self.objective.head_loss == "kl":
-            weights, same_token = LossWeights(0.0, kl=1.0), torch.searchsorted(rows, rows[counted] + 1 + head)
+        weights, same_token = _HEAD_LOSSES[self.objective.head_loss], None
+        if weights.needs_teacher:
+            same_token = torch.searchsorted(rows, rows[counted] + 1 + head)
         return Prediction(own_rows, own_targets, layer, weights, scale, same_token, self._accuracies)
 
     def _output_layer(self, layer: nn.Module, frozen: bool = False) -> OutputLayer:
