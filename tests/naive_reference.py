@@ -37,6 +37,20 @@ def mean_over_counted(losses: list[Tensor], total: int | None = None) -> Tensor:
     return torch.stack(losses).sum() / (total or len(losses)) if losses else torch.zeros(())
 
 
+def naive_chain_weight(logits: Tensor, targets: Tensor, head: int, smoothing: float) -> float:
+    """What head `head`'s log-probability adds to the expected length: the sum over all m >= head of the product up to m."""
+    weight = 0.0
+    for last in range(head, len(targets)):
+        product = 1.0
+        for i in range(last + 1):
+            if targets[i] == IGNORE:
+                product = 0.0
+                break
+            product *= (1 - smoothing) * torch.softmax(logits[i].detach().float(), -1)[targets[i]].item() + smoothing
+        weight += product
+    return weight
+
+
 def naive_loss(
     model,
     heads,
@@ -51,6 +65,7 @@ def naive_loss(
     kl_coefficient=0.0,
     regularization=0.0,
     head_loss="ce",
+    chain_smoothing=None,
     teacher=None,
     scale: float = 1.0,
 ) -> Tensor:
@@ -97,9 +112,14 @@ def naive_loss(
                     kl, accepted = (p * (p.log() - torch.log_softmax(row, -1))).sum(), torch.where(q < p, q, p).sum()
                     share = {"kl": 1.0, "tv": 0.0, "lk": math.exp(-10 * accepted.item())}[head_loss]
                     loss = share * kl + (1 - share) * (1 - accepted)
+                if column and chain_smoothing is not None:
+                    loss = loss * naive_chain_weight(stacked[1:, b, t], targets[b, t, 1:], column - 1, chain_smoothing)
                 losses[column].append(loss)
     total = torch.zeros(()) if only_heads else mean_over_counted(losses[0])
     for i in range(num_heads):
+        if chain_smoothing is not None:
+            total = total + coefficient * mean_over_counted(losses[i + 1], len(losses[1]))
+            continue
         total = total + coefficient * decay ** (i + 1) * mean_over_counted(losses[i + 1])
     return total
 

@@ -103,6 +103,8 @@ def test_more_gpus_never_take_more_memory_of_one(recipe, engine):
         ({"medusa_lm_head": "shared"}, {}),
         ({}, {"medusa_self_distillation": True}),
         ({}, {"medusa_head_loss": "kl"}),
+        ({}, {"medusa_head_loss": "tv"}),
+        ({}, {"medusa_head_weighting": "chain"}),
         ({}, {"attn_implementation": "sdpa", "sample_packing": True}),
         ({"attn_implementation": "sdpa"}, {"attn_implementation": "eager"}),
         ({}, {"medusa_num_layers": 2}),

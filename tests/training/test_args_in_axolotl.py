@@ -20,6 +20,13 @@ RECIPES = {
         "medusa_head_loss": "kl",
         "medusa_lm_head": "shared",
     },
+    "medusa-1-lk-chain": {
+        "medusa_num_heads": 3,
+        "medusa_only_heads": True,
+        "medusa_head_loss": "lk",
+        "medusa_head_weighting": "chain",
+        "medusa_chain_smoothing": 0.2,
+    },
     "medusa-1-hidden-cache": {
         "medusa_num_heads": 3,
         "medusa_only_heads": True,

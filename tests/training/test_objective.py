@@ -107,6 +107,19 @@ CASES = {
     "medusa2-distil-lk-heads": dict(
         lora="lm_head", lm_coefficient=0.0, kl_coefficient=1.0, head_loss="lk", form="shared"
     ),
+    "medusa1-chain": dict(only_heads=True, chain_smoothing=0.5),
+    "medusa1-chain-shared-packed-five": dict(
+        only_heads=True, form="shared", chain_smoothing=0.1, packed=True, num_heads=5
+    ),
+    "medusa1-chain-kl-packed": dict(only_heads=True, head_loss="kl", chain_smoothing=0.5, packed=True, num_heads=4),
+    "medusa2-chain-exact": dict(chain_smoothing=0.0),
+    "medusa2-chain-lm-head-shared": dict(lora="lm_head", form="shared", chain_smoothing=0.3),
+    "medusa2-chain-distil-lk-heads": dict(
+        lora="lm_head", lm_coefficient=0.5, kl_coefficient=1.0, head_loss="lk", chain_smoothing=0.5, packed=True
+    ),
+    "gemma2-softcap-chain-tv": dict(
+        family="gemma2-softcap", only_heads=True, cap=0.5, head_loss="tv", chain_smoothing=0.5
+    ),
     "gemma2-softcap": dict(family="gemma2-softcap", form="shared", cap=0.5),
     "gemma2-softcap-medusa1": dict(family="gemma2-softcap", only_heads=True, cap=0.5, head_loss="kl"),
     "phi-bias": dict(family="phi-lm-head-bias", form="shared"),
@@ -121,7 +134,9 @@ def test_objective_values_and_gradients_equal_the_naive_reference(case, recomput
     options = dict(CASES[case])
     packed, cap, scale = options.pop("packed", False), options.pop("cap", None), options.pop("scale", 1.0)
     loss_options = {
-        k: options.pop(k) for k in ("lm_coefficient", "kl_coefficient", "regularization", "head_loss") if k in options
+        k: options.pop(k)
+        for k in ("lm_coefficient", "kl_coefficient", "regularization", "head_loss", "chain_smoothing")
+        if k in options
     }
     model, heads, teacher = build(**options)
     labels, inputs = batch(packed)
@@ -145,6 +160,8 @@ def test_objective_values_and_gradients_equal_the_naive_reference(case, recomput
         kl_coefficient=loss_options.get("kl_coefficient", 0.0),
         distillation_regularization=loss_options.get("regularization", 0.0),
         head_loss=loss_options.get("head_loss", "ce"),
+        head_weighting="chain" if "chain_smoothing" in loss_options else "decay",
+        chain_smoothing=loss_options.get("chain_smoothing", 0.5),
     )
     install_objective(model, objective)
     monkeypatch.setattr(chunked, "_is_whole", lambda _: not recompute)
@@ -165,10 +182,11 @@ def test_objective_values_and_gradients_equal_the_naive_reference(case, recomput
     assert moved == trainable
 
 
+@pytest.mark.parametrize("weighting", ["decay", "chain"])
 @pytest.mark.parametrize("only_heads", [True, False], ids=["medusa1", "medusa2"])
-def test_objective_packed_batch_has_the_loss_and_gradients_of_the_same_samples_padded(only_heads):
+def test_objective_packed_batch_has_the_loss_and_gradients_of_the_same_samples_padded(only_heads, weighting):
     model, heads, _ = build(only_heads=only_heads, num_heads=4)
-    install_objective(model, Objective(only_heads=only_heads))
+    install_objective(model, Objective(only_heads=only_heads, head_weighting=weighting))
     labels, packed = batch(packed=True)
     lengths = (10, 3, SEQ - 13)
     ids = torch.zeros(3, max(lengths), dtype=torch.long)
@@ -207,9 +225,10 @@ def test_objective_hands_the_bounds_of_packed_samples_to_every_layer(only_heads)
     assert torch.equal(loss, model(labels=labels, **inputs).loss)
 
 
-def test_objective_four_micro_batches_with_step_counts_equal_one_batch():
+@pytest.mark.parametrize("weighting", ["decay", "chain"])
+def test_objective_four_micro_batches_with_step_counts_equal_one_batch(weighting):
     model, heads, _ = build(num_heads=3)
-    install_objective(model, Objective())
+    install_objective(model, Objective(head_weighting=weighting))
     generator = torch.Generator(DEVICE).manual_seed(3)
     labels = torch.randint(3, VOCAB, (4, SEQ), generator=generator)
     ids = labels.clone()
@@ -296,6 +315,8 @@ BF16_CASES = [
     "medusa1-separate",
     "medusa1-tv",
     "medusa2-distil-lk-heads",
+    "medusa1-chain",
+    "medusa2-chain-lm-head-shared",
 ]
 
 
@@ -315,7 +336,8 @@ def test_objective_in_bf16_autocast_is_no_further_from_fp32_than_the_naive_refer
     monkeypatch.setattr(chunked, "gradient_in_place", watched)
     options = dict(CASES[case])
     packed = options.pop("packed", False)
-    loss_options = {k: options.pop(k) for k in ("lm_coefficient", "kl_coefficient", "head_loss") if k in options}
+    names = ("lm_coefficient", "kl_coefficient", "head_loss", "chain_smoothing")
+    loss_options = {k: options.pop(k) for k in names if k in options}
     model, heads, teacher = build(**options)
     labels, inputs = batch(packed)
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -326,7 +348,8 @@ def test_objective_in_bf16_autocast_is_no_further_from_fp32_than_the_naive_refer
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         naive = naive_loss(lm, heads, None, labels, inputs, **arguments, **loss_options)
     naive_gradients = gradients(model, naive)
-    objective = Objective(only_heads=arguments["only_heads"], **dict(loss_options.items()))
+    weighting = "chain" if "chain_smoothing" in loss_options else "decay"
+    objective = Objective(only_heads=arguments["only_heads"], head_weighting=weighting, **loss_options)
     install_objective(model, objective)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = model(**inputs, labels=labels, medusa_coefficient=0.2)

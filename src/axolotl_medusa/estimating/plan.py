@@ -64,6 +64,7 @@ class Plan:
         masked: Whether attention is given a mask of all pairs of tokens.
         bucket: Elements of DeepSpeed's bucket of gradients.
         overlap: Whether DeepSpeed has two of them.
+        chain: Whether the heads' losses are weighted as a chain.
     """
 
     sizes: ModelSizes
@@ -94,6 +95,7 @@ class Plan:
     masked: bool = False
     bucket: int = 0
     overlap: bool = False
+    chain: bool = False
 
     @property
     def tokens(self) -> int:
@@ -220,6 +222,7 @@ def plan_of(
         blocks=args.medusa_num_layers,
         shared=args.medusa_lm_head == "shared",
         teacher=args.medusa_self_distillation or args.medusa_head_loss != "ce",
+        chain=args.medusa_head_weighting == "chain",
         self_distillation=args.medusa_self_distillation,
         adapter=sizes.adapter(rank, targets, every=every),
         rank=rank,

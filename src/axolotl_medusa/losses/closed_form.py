@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from axolotl_medusa.losses.cross_entropy_and_kl import LK_DECAY, LossSums, LossWeights
+from axolotl_medusa.losses.cross_entropy_and_kl import LK_DECAY, LossSums, LossWeights, RowLosses
 from axolotl_medusa.losses.prediction import Accuracies
 from axolotl_medusa.losses.targets import IGNORE_INDEX
 
@@ -72,6 +72,11 @@ class _RowValues:
     tv: Tensor
     lk: Tensor
 
+    def losses(self, weights: LossWeights) -> Tensor:
+        """The loss of every row, `[rows]`."""
+        of_tokens = (1.0 - weights.own_softmax) * self.cross_entropy + weights.own_softmax * self.own_entropy
+        return weights.cross_entropy * of_tokens + weights.kl * self.kl + weights.tv * self.tv + weights.lk * self.lk
+
 
 def gradient_in_place(
     logits: Tensor,
@@ -92,7 +97,7 @@ def gradient_in_place(
         logits_again: Logits of the rows with the given numbers, for the few whose target's probability underflows.
 
     Returns:
-        The sums over rows.
+        The sums over rows, and the rows' own losses.
     """
     values = _RowValues(*torch.zeros((6, logits.shape[0]), device=logits.device))
     hits = torch.zeros(accuracies.top_k if accuracies else 0, dtype=torch.long, device=logits.device)
@@ -116,10 +121,11 @@ def gradient_in_place(
     loss = loss + weights.cross_entropy * weights.own_softmax * values.own_entropy.sum()
     if weights.has_total_variation:
         loss = loss + weights.tv * values.tv.sum() + weights.lk * values.lk.sum()
+    rows = RowLosses(values.losses(weights), values.cross_entropy)
     if accuracies is None:
-        return LossSums(loss, cross_entropy, kl)
+        return LossSums(loss, cross_entropy, kl, rows=rows)
     sampled = len(range(0, logits.shape[0], accuracies.every))
-    return LossSums(loss, cross_entropy, kl, values.correct.bool(), hits, sampled)
+    return LossSums(loss, cross_entropy, kl, values.correct.bool(), hits, sampled, rows)
 
 
 @functools.cache

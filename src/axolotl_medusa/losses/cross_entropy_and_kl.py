@@ -9,6 +9,7 @@ distribution over the vocabulary, which gets no gradient, and q the student's, w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +59,13 @@ class LossWeights:
 CROSS_ENTROPY = LossWeights()
 
 
+class RowLosses(NamedTuple):
+    """Of every row the weighted loss and plain -log q[target], `[rows]` each, detached."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+
+
 @dataclass(frozen=True)
 class LossSums:
     """Sums of a loss over rows, detached, and what the rows got right where accuracies were asked for.
@@ -69,6 +77,7 @@ class LossSums:
         correct: Whether no token has a larger logit than the target, `[rows]`.
         topk_hits: Sampled rows whose target is among the top 1 to k tokens, `[k]`.
         topk_rows: How many rows were sampled for `topk_hits`.
+        rows: Each row's loss and cross-entropy, where they are at hand.
     """
 
     loss: Tensor
@@ -77,10 +86,15 @@ class LossSums:
     correct: Tensor | None = None
     topk_hits: Tensor | None = None
     topk_rows: int = 0
+    rows: RowLosses | None = None
 
 
 def reference_loss(
-    logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, weights: LossWeights
+    logits: Tensor,
+    targets: Tensor,
+    teacher_logits: Tensor | None,
+    weights: LossWeights,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, LossSums, Tensor]:
     """The loss of a few rows, summed: the plain PyTorch that `chunked.chunked_loss` must equal.
 
@@ -89,27 +103,51 @@ def reference_loss(
         targets: Token ids, `[rows]`.
         teacher_logits: The teacher's logits for the same rows, `[rows, vocab]`, or None.
         weights: What the loss is made of.
+        row_weights: What each row's loss is multiplied by, `[rows]`; the returned sums are without.
 
     Returns:
         The weighted loss with its gradient, scalar; its sums without accuracies; and log q, `[rows, vocab]`, detached.
     """
     log_q = F.log_softmax(logits.float(), dim=-1)
+    log_p = None if teacher_logits is None else F.log_softmax(teacher_logits.detach().float(), dim=-1)
     cross_entropy = F.nll_loss(log_q, targets, reduction="sum")
     kl = torch.zeros_like(cross_entropy.detach())
+    if log_p is not None:
+        kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    if row_weights is not None:
+        of_rows = _row_losses(log_q, log_p, targets, weights)
+        sums = LossSums(of_rows.detach().sum(), cross_entropy.detach(), kl.detach())
+        return (row_weights * of_rows).sum(), sums, log_q.detach()
     loss = weights.cross_entropy * (1.0 - weights.own_softmax) * cross_entropy
     if weights.own_softmax:
         own = log_q.detach().exp()
         loss = loss - weights.cross_entropy * weights.own_softmax * (own * log_q).sum()
-    if teacher_logits is not None:
-        log_p = F.log_softmax(teacher_logits.detach().float(), dim=-1)
-        kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    if log_p is not None:
         loss = loss + weights.kl * kl
         if weights.has_total_variation:
-            kl_of_row = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
-            tv = total_variation(log_q, log_p)
-            share = torch.exp(-LK_DECAY * (1.0 - tv.detach()))
-            loss = loss + weights.tv * tv.sum() + weights.lk * (share * kl_of_row + (1.0 - share) * tv).sum()
+            loss = loss + _total_variation_terms(log_q, log_p, weights).sum()
     return loss, LossSums(loss.detach(), cross_entropy.detach(), kl.detach()), log_q.detach()
+
+
+def _row_losses(log_q: Tensor, log_p: Tensor | None, targets: Tensor, weights: LossWeights) -> Tensor:
+    """The loss of every row, `[rows]`."""
+    losses = weights.cross_entropy * (1.0 - weights.own_softmax) * F.nll_loss(log_q, targets, reduction="none")
+    if weights.own_softmax:
+        own = log_q.detach().exp()
+        losses = losses - weights.cross_entropy * weights.own_softmax * (own * log_q).sum(dim=-1)
+    if log_p is not None:
+        losses = losses + weights.kl * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+        if weights.has_total_variation:
+            losses = losses + _total_variation_terms(log_q, log_p, weights)
+    return losses
+
+
+def _total_variation_terms(log_q: Tensor, log_p: Tensor, weights: LossWeights) -> Tensor:
+    """What TV and LK add to the loss of every row, `[rows]`."""
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+    tv = total_variation(log_q, log_p)
+    share = torch.exp(-LK_DECAY * (1.0 - tv.detach()))
+    return weights.tv * tv + weights.lk * (share * kl + (1.0 - share) * tv)
 
 
 def total_variation(log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -130,6 +130,22 @@ class MedusaArgs(BaseModel):
         "sampling refuses; its gradient is small at the start. lk: λ · kl + (1 - λ) · tv with λ = exp(-10 · Σ min(p, q)) "
         "(arXiv 2602.23881). Default ce: the paper's (section 2.2.1).",
     )
+    medusa_head_weighting: Literal["decay", "chain"] = Field(
+        default="decay",
+        description="decay: head i's losses are weighted by medusa_decay_coefficient^(i + 1). chain: each row of head j by "
+        "Σ_{m ≥ j} Π_{i ≤ m} q_i, the gradient of the expected number of tokens accepted in a row, with q_i what head i gives its "
+        "target at that position, and the sum divided by the number of positions; a position where a head has no target ends "
+        "the chain (D-PACE, arXiv 2605.18810). Default decay: the paper's (section 2.2.1).",
+    )
+    medusa_chain_smoothing: float = Field(
+        allow_inf_nan=False,
+        default=0.5,
+        ge=0.0,
+        le=1.0,
+        description="α of medusa_head_weighting: chain, which takes (1 - α) · q + α for q, 0 to 1. At 0 the weights are the exact "
+        "gradient, and heads that are wrong are hardly taught. Default 0.5: that of arXiv 2605.18810, with which a row's weights add "
+        "up to about what they do with decay.",
+    )
     medusa_hidden_cache: str | None = Field(
         default=None,
         description="Directory where Medusa-1 keeps the backbone's hidden states, so that later epochs and runs skip it. Default none, "

@@ -24,6 +24,7 @@ A batch's way from the YAML to an optimizer step (modules are those of this fold
    - backbone: its forward without lm_head, of which only the counted rows are kept
    - teacher: whose distribution is learnt, where the loss has a divergence (`_teacher`)
    - predictions: hidden rows, targets and weight of each head (`_head_prediction`) and of the base model (`_base_prediction`)
+   - chain: which rows of the heads stand at the same position, where they are weighted by it (`_chain`, `losses.chain`)
    - loss: `losses.chunked.chunked_loss` goes through all rows chunk by chunk. It computes a chunk's gradient while the
      chunk's logits are at hand (`losses.closed_form`), so the forward ends with gradients of the output layers and of
      their inputs. (Where an output layer is divided among ranks, each chunk gathers it, and its backward computes it anew.)
@@ -59,6 +60,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from axolotl_medusa.losses.chain import Chain
 from axolotl_medusa.losses.chunked import chunked_loss
 from axolotl_medusa.losses.cross_entropy_and_kl import LossSums, LossWeights
 from axolotl_medusa.losses.prediction import Accuracies, OutputLayer, Prediction, Teacher, matmul_dtype
@@ -108,6 +110,9 @@ class Objective:
         distillation_regularization: Share α of the model's own softmax in the base targets.
         head_loss: `ce`, or the distance from the teacher's distribution at the position that a head predicts: `kl`, `tv` or
             `lk` (`LossWeights`). Without `kl_coefficient` the teacher is the model itself.
+        head_weighting: `decay`, or `chain`: each row weighted by what it adds to the expected length of the heads' chain
+            (`losses.chain`), in place of `decay^(i + 1)`.
+        chain_smoothing: α of that chain.
         logging: Whether accuracies are computed and the acceptance length.
         logging_topk: Accuracies top 1 to k.
     """
@@ -118,6 +123,8 @@ class Objective:
     kl_coefficient: float = 0.0
     distillation_regularization: float = 0.0
     head_loss: HeadLoss = "ce"
+    head_weighting: Literal["decay", "chain"] = "decay"
+    chain_smoothing: float = 0.5
     logging: bool = True
     logging_topk: int = 5
 
@@ -250,18 +257,32 @@ class _MicroBatch:
         rows, targets = rows.to(hidden.device), targets.to(hidden.device)
         targets, counts = targets[rows], counts.to(hidden.device).clamp(min=1)
         counted = [targets[:, head + 1] != IGNORE_INDEX for head in range(heads.num_heads)]
-        weights = [coefficient * objective.decay_coefficient ** (head + 1) for head in range(heads.num_heads)]
+        scales = self._head_scales(coefficient, counts)
         predictions = [
-            self._head_prediction(head, hidden, rows, targets, counted[head], weights[head] / counts[head + 1])
+            self._head_prediction(head, hidden, rows, targets, counted[head], scales[head])
             for head in range(heads.num_heads)
         ]
         if not objective.only_heads:
             predictions.append(self._base_prediction(hidden, targets, 1.0 / counts[0]))
-        loss, sums = chunked_loss(predictions, self._teacher(hidden, rows))
+        loss, sums = chunked_loss(predictions, self._teacher(hidden, rows), chain=self._chain(counted))
         metrics = self._watched_base(hidden, targets) if objective.only_heads else self._base_metrics(sums.pop(), rows)
         metrics += self._head_metrics(sums, counted, rows)
         stacked = torch.stack([torch.stack([part.double() for part in metric]) for metric in metrics])
         return MedusaOutput(loss=loss, metric_sums=stacked)
+
+    def _head_scales(self, coefficient: float, counts: Tensor) -> list[Tensor]:
+        """The factor of each head's losses: its decay over its targets, or for all heads 1 over the chains, where head 0 has one."""
+        objective, heads = self.objective, range(self.heads.num_heads)
+        if objective.head_weighting == "chain":
+            return [coefficient / counts[1] for _ in heads]
+        return [coefficient * objective.decay_coefficient ** (head + 1) / counts[head + 1] for head in heads]
+
+    def _chain(self, counted: Sequence[Tensor]) -> Chain | None:
+        """The heads as a chain at every counted row, where their rows are weighted so."""
+        if self.objective.head_weighting == "decay":
+            return None
+        positions = [of_head.nonzero().squeeze(1) for of_head in counted]
+        return Chain(positions, counted[0].shape[0], self.objective.chain_smoothing)
 
     def _last_hidden(self, *, teacher: bool) -> Tensor:
         """Last hidden states after the final norm, `[batch, seq, hidden]`, with a gradient only where one is needed."""

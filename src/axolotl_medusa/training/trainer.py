@@ -75,6 +75,8 @@ def objective_of(cfg: DictDefault) -> Objective:
         kl_coefficient=cfg.medusa_kl_coefficient,
         distillation_regularization=cfg.medusa_distillation_regularization,
         head_loss=cfg.medusa_head_loss,
+        head_weighting=cfg.medusa_head_weighting,
+        chain_smoothing=cfg.medusa_chain_smoothing,
         logging=cfg.medusa_logging,
         logging_topk=cfg.medusa_logging_topk,
     )

@@ -43,6 +43,7 @@ def config_problems(cfg: Mapping[str, Any], missing_fsdp_version: int = 1) -> li
         args = MedusaArgs.model_validate({"medusa_num_heads": 1, **good})  # contradictions are reported in the same run
     problems += _schedule_problems(args)
     problems += _base_loss_problems(args, cfg)
+    problems += _weighting_problems(args)
     problems += _layer_problems(args, cfg)
     if "medusa_num_heads" not in bad:
         problems += _size_problems(args, cfg)
@@ -113,6 +114,16 @@ def _base_loss_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
             "medusa_lm_coefficient weights the base loss, which medusa_only_heads: true does not train; remove one"
         )
     return problems
+
+
+def _weighting_problems(args: MedusaArgs) -> list[str]:
+    unused = {"decay": "medusa_chain_smoothing", "chain": "medusa_decay_coefficient"}[args.medusa_head_weighting]
+    if getattr(args, unused) == MedusaArgs.model_fields[unused].default:
+        return []
+    return [
+        f"{unused} is {getattr(args, unused)} with medusa_head_weighting: {args.medusa_head_weighting}, which does not use it; "
+        "remove one of the two"
+    ]
 
 
 def _layer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
