@@ -76,11 +76,11 @@ def naive_loss(
         out = model(**inputs, output_hidden_states=True, use_cache=False)
         hidden, base_logits = out.hidden_states[-1], out.logits
     all_logits = [base_logits]
-    for head in heads:
+    for index, head in enumerate(heads):
         x = hidden
         for block in list(head)[: heads.num_layers]:
             x = x + F.silu(F.linear(x, block.linear.weight, block.linear.bias))
-        logits = F.linear(x, head[-1].weight) if heads.form == "separate" else output_layer(x)
+        logits = (output_layer if heads.form == "shared" else heads[index if heads.form == "separate" else 0][-1])(x)
         logits = logits * scale
         all_logits.append(cap * torch.tanh(logits / cap) if cap else logits)
     stacked = torch.stack(all_logits)

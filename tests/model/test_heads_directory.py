@@ -53,7 +53,7 @@ def head_logits(heads, output_layer, hidden):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "trained"])
 def test_heads_written_and_read_have_bitwise_equal_logits(form, num_layers, dtype, tmp_path):
     model, heads, file = build(form, num_layers=num_layers, dtype=dtype)
     write_heads(tmp_path / "new" / "medusa_heads", file)
@@ -70,6 +70,17 @@ def test_heads_written_and_read_have_bitwise_equal_logits(form, num_layers, dtyp
     attach_heads(model, fresh)
     load_into(model, read.tensors)
     assert torch.equal(head_logits(fresh, model.lm_head, hidden), head_logits(heads, model.lm_head, hidden))
+
+
+def test_config_of_one_trained_output_layer_is_what_vllm_reads_and_names_the_form():
+    _, _, file = build("trained", num_layers=2)
+    assert {key: file.config[key] for key in ("original_lm_head", "medusa_lm_head", "version")} == {
+        "original_lm_head": True,  # one output layer follows all blocks: vLLM finds it as lm_heads.0
+        "medusa_lm_head": "trained",
+        "version": "1",
+    }
+    outputs = {name: tuple(tensor.shape) for name, tensor in file.tensors.items() if "linear" not in name}
+    assert outputs == {"0.2.weight": (VOCAB, HIDDEN)}
 
 
 @pytest.mark.parametrize("form", FORMS)

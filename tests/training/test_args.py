@@ -82,7 +82,7 @@ BOUNDS = [
     ("medusa_kl_coefficient", [0.0, 2.0], [-0.1]),
     ("medusa_distillation_regularization", [0.0, 0.99], [-0.1, 1.0]),
     ("medusa_logging_topk", [1, 100], [0, 101]),
-    ("medusa_lm_head", ["separate", "shared"], ["tied"]),
+    ("medusa_lm_head", ["separate", "shared", "trained"], ["tied"]),
     ("medusa_head_loss", ["ce", "kl", "tv", "lk"], ["mse"]),
     ("medusa_head_weighting", ["decay", "chain"], ["even"]),
     ("medusa_chain_smoothing", [0.0, 1.0], [-0.1, 1.1]),

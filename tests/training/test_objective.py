@@ -107,6 +107,9 @@ CASES = {
     "medusa2-distil-lk-heads": dict(
         lora="lm_head", lm_coefficient=0.0, kl_coefficient=1.0, head_loss="lk", form="shared"
     ),
+    "medusa1-trained": dict(only_heads=True, form="trained"),
+    "medusa1-trained-chain-packed": dict(only_heads=True, form="trained", chain_smoothing=0.5, packed=True),
+    "medusa2-trained-lm-head-lk": dict(lora="lm_head", form="trained", head_loss="lk"),
     "medusa1-chain": dict(only_heads=True, chain_smoothing=0.5),
     "medusa1-chain-shared-packed-five": dict(
         only_heads=True, form="shared", chain_smoothing=0.1, packed=True, num_heads=5
@@ -316,6 +319,7 @@ BF16_CASES = [
     "medusa1-tv",
     "medusa2-distil-lk-heads",
     "medusa1-chain",
+    "medusa1-trained",
     "medusa2-chain-lm-head-shared",
 ]
 

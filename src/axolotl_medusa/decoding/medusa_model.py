@@ -141,8 +141,9 @@ class MedusaModel:
         """
         hidden = hidden.to(next(self.heads.parameters()).device)
         blocks = [self.heads.hidden(index, hidden) for index in range(num_heads)]
-        if self.heads.form == "shared":
-            return cast(Tensor, self._lm_head(torch.stack(blocks, -2)))
+        if self.heads.form != "separate":
+            layer = self.heads.output_layer(0) or self._lm_head
+            return cast(Tensor, layer(torch.stack(blocks, -2)))
         layers = [cast(nn.Linear, self.heads.output_layer(index)) for index in range(num_heads)]
         return torch.stack([layer(block) for layer, block in zip(layers, blocks, strict=True)], -2)
 

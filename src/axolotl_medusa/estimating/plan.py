@@ -65,6 +65,7 @@ class Plan:
         bucket: Elements of DeepSpeed's bucket of gradients.
         overlap: Whether DeepSpeed has two of them.
         chain: Whether the heads' losses are weighted as a chain.
+        one_output: Whether the heads have one output layer together.
     """
 
     sizes: ModelSizes
@@ -96,6 +97,7 @@ class Plan:
     bucket: int = 0
     overlap: bool = False
     chain: bool = False
+    one_output: bool = False
 
     @property
     def tokens(self) -> int:
@@ -105,7 +107,14 @@ class Plan:
     @property
     def own_outputs(self) -> int:
         """Parameters of the heads' own output layers."""
-        return 0 if self.shared else self.heads * self.sizes.output
+        return self.own_output_layers * self.sizes.output
+
+    @property
+    def own_output_layers(self) -> int:
+        """How many output layers are the heads'."""
+        if self.shared:
+            return 0
+        return 1 if self.one_output else self.heads
 
     @property
     def head_parameters(self) -> int:
@@ -222,6 +231,7 @@ def plan_of(
         blocks=args.medusa_num_layers,
         shared=args.medusa_lm_head == "shared",
         teacher=args.medusa_self_distillation or args.medusa_head_loss != "ce",
+        one_output=args.medusa_lm_head == "trained",
         chain=args.medusa_head_weighting == "chain",
         self_distillation=args.medusa_self_distillation,
         adapter=sizes.adapter(rank, targets, every=every),

@@ -2,22 +2,38 @@
 
 Contract: knows the shape of a Hugging Face causal LM (a backbone and an output embedding) and nothing about training,
 data or files. The state dict of `MedusaHeads` has the names of the heads directory: `{i}.{j}.linear.weight`,
-`{i}.{j}.linear.bias` and, for heads with an output layer of their own, `{i}.{num_layers}.weight`.
+`{i}.{j}.linear.bias` and, for heads with an output layer of their own, `{i}.{num_layers}.weight`; where one layer serves all of
+them, it is head 0's.
 """
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from axolotl_medusa.model.anatomy import causal_lm, probe_logits
 
-HeadForm = Literal["separate", "shared"]
+HeadForm = Literal["separate", "shared", "trained"]
+
+FORM_KEY = "medusa_lm_head"
+"""In a config of heads: names the form where `original_lm_head` alone does not tell it."""
 
 HEADS_NAME = "medusa_heads"
 """Name of the submodule under which heads are attached to the causal LM."""
+
+
+def form_of(config: Mapping[str, Any]) -> HeadForm:
+    """Form of the heads that a `config.json` of a heads directory describes.
+
+    `original_lm_head` tells servers that one output layer follows all heads' blocks; whether that is the model's or one
+    that was trained for the heads, only we ask.
+    """
+    if not config["original_lm_head"]:
+        return "separate"
+    return "trained" if config.get(FORM_KEY) == "trained" else "shared"
 
 
 class ResidualBlock(nn.Module):
@@ -46,14 +62,16 @@ class MedusaHeads(nn.ModuleList):
     """N heads; head i, fed the hidden state at position t, predicts token t + 2 + i, i from 0.
 
     Each head is a sequence of `num_layers` independent residual blocks and, in the `separate` form, an output layer
-    `[vocab_size, hidden_size]` without bias. In the `shared` form the model's own output embedding follows the blocks.
+    `[vocab_size, hidden_size]` without bias. In the `trained` form head 0 has one, which follows the blocks of all. In the
+    `shared` form the model's own output embedding does.
 
     Args:
         hidden_size: Size H of the model's last hidden state, after the final norm.
         vocab_size: Rows V of the model's output embedding.
         num_heads: Number of heads N, at least 1.
         num_layers: Residual blocks per head, at least 1.
-        form: `separate` (each head owns an output layer, v1) or `shared` (heads reuse the model's, v2).
+        form: `separate` (each head owns an output layer, v1), `shared` (heads reuse the model's, v2), or `trained` (heads
+            own one together).
         dtype: Type of the parameters.
         device: Device of the parameters.
     """
@@ -74,9 +92,9 @@ class MedusaHeads(nn.ModuleList):
         self.num_heads = num_heads
         self.num_layers = num_layers
         self.form: HeadForm = form
-        for _ in range(num_heads):
+        for index in range(num_heads):
             head = nn.Sequential(*(ResidualBlock(hidden_size, dtype, device) for _ in range(num_layers)))
-            if form == "separate":
+            if form == "separate" or (form == "trained" and index == 0):
                 head.append(nn.Linear(hidden_size, vocab_size, bias=False, dtype=dtype, device=device))
             self.append(head)
 
@@ -90,9 +108,16 @@ class MedusaHeads(nn.ModuleList):
         return cast(nn.Sequential, cast(nn.Sequential, self[index])[: self.num_layers])
 
     def output_layer(self, index: int) -> nn.Linear | None:
-        """The output layer that head `index` owns, None in the shared form."""
-        head = cast(nn.Sequential, self[index])
-        return cast(nn.Linear, head[self.num_layers]) if self.form == "separate" else None
+        """The output layer of head `index`, its own or all heads', None in the shared form."""
+        if self.form == "shared":
+            return None
+        head = cast(nn.Sequential, self[index if self.form == "separate" else 0])
+        return cast(nn.Linear, head[self.num_layers])
+
+    def output_layers(self) -> list[nn.Linear]:
+        """The output layers that are the heads', each once."""
+        count = {"separate": self.num_heads, "trained": 1, "shared": 0}[self.form]
+        return [cast(nn.Linear, self.output_layer(index)) for index in range(count)]
 
     def hidden(self, index: int, hidden: Tensor) -> Tensor:
         """Runs the residual blocks of head `index`.
@@ -110,10 +135,8 @@ class MedusaHeads(nn.ModuleList):
     @torch.no_grad()
     def start_output_layers_from(self, weight: Tensor) -> None:
         """Copies an output embedding `[vocab_size, hidden_size]` into every output layer, so that a fresh head equals it."""
-        for index in range(self.num_heads):
-            layer = self.output_layer(index)
-            if layer is not None:
-                layer.weight.copy_(weight)
+        for layer in self.output_layers():
+            layer.weight.copy_(weight)
 
 
 def attach_heads(model: nn.Module, heads: MedusaHeads, *, probe: bool = True) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, output_embedding
 from axolotl_medusa.model.divided_parameters import fill, gathered, host_copy, is_divided, whole, whole_shape
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
-from axolotl_medusa.model.heads import HEADS_NAME, HeadForm, MedusaHeads, attached_heads
+from axolotl_medusa.model.heads import FORM_KEY, HEADS_NAME, HeadForm, MedusaHeads, attached_heads, form_of
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.secrets import without_secrets
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, whole_or_nothing, write_json
@@ -55,8 +55,8 @@ class HeadsFile:
 
     @property
     def form(self) -> HeadForm:
-        """`shared` or `separate`."""
-        return "shared" if self.config["original_lm_head"] else "separate"
+        """`shared`, `separate` or `trained`."""
+        return form_of(self.config)
 
     def build(self, device: torch.device | str | None = None) -> MedusaHeads:
         """Builds the heads with these weights, in the type they were saved in."""
@@ -88,7 +88,7 @@ class HeadsFile:
 
 def heads_config(heads: MedusaHeads, base_model: str) -> dict[str, Any]:
     """The canonical `config.json`: every key that a server reads, and no `architectures`, which crashes them."""
-    shared = heads.form == "shared"
+    named = {FORM_KEY: heads.form} if heads.form == "trained" else {}
     return {
         "model_type": "medusa",
         "base_model_name_or_path": base_model,
@@ -96,11 +96,12 @@ def heads_config(heads: MedusaHeads, base_model: str) -> dict[str, Any]:
         "medusa_num_layers": heads.num_layers,
         "num_medusa_heads": heads.num_heads,
         "num_medusa_layers": heads.num_layers,
-        "version": "2" if shared else "1",
+        "version": "2" if heads.form == "shared" else "1",
         "hidden_size": heads.hidden_size,
         "vocab_size": heads.vocab_size,
         "medusa_fc_bias": True,
-        "original_lm_head": shared,
+        "original_lm_head": heads.form != "separate",
+        **named,
     }
 
 

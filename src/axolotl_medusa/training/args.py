@@ -108,10 +108,10 @@ class MedusaArgs(BaseModel):
         le=100,
         description="Accuracies logged: top 1 to k, k from 1 to 100. Default 5, ours.",
     )
-    medusa_lm_head: Literal["separate", "shared"] = Field(
+    medusa_lm_head: Literal["separate", "shared", "trained"] = Field(
         default="separate",
-        description="separate: each head owns an output layer started from lm_head (v1). shared: heads reuse lm_head (v2). Default "
-        "separate: the paper's (section 2.1.1).",
+        description="separate: each head owns an output layer started from lm_head (v1). shared: heads reuse lm_head (v2). trained: "
+        "one output layer is trained for all heads, started from lm_head. Default separate: the paper's (section 2.1.1).",
     )
     medusa_heads_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",

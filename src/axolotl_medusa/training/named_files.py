@@ -143,13 +143,20 @@ def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
     found = {
         "medusa_num_heads": config.get("medusa_num_heads"),
         "medusa_num_layers": config.get("medusa_num_layers"),
-        "medusa_lm_head": "shared" if config.get("original_lm_head") else "separate",
+        "medusa_lm_head": _form_of(config),
     }
     return [
         f"{key} is {getattr(args, key)!r} but the heads in medusa_init_from {args.medusa_init_from} have {value!r}: use the same value"
         for key, value in found.items()
         if key not in bad and value != getattr(args, key)
     ]
+
+
+def _form_of(config: Mapping[str, Any]) -> str:
+    """As `model.heads.form_of`, which needs torch."""
+    if not config["original_lm_head"]:
+        return "separate"
+    return "trained" if config.get("medusa_lm_head") == "trained" else "shared"
 
 
 def _directory_problems(cfg: Mapping[str, Any], key: str, file: str) -> list[str]:

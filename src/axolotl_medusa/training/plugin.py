@@ -262,7 +262,7 @@ def attach(cfg: DictDefault, model: nn.Module) -> None:
         dtype=heads_dtype(model, cfg),
         device=None if device.type == "meta" else device,
     )
-    if heads.form == "separate":
+    if heads.form != "shared":
         with acting_output_layer(model) as weight:
             if not weight.is_meta:  # else another rank holds the model, and FSDP hands its heads to this one
                 heads.start_output_layers_from(weight)
