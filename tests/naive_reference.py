@@ -66,6 +66,7 @@ def naive_loss(
     regularization=0.0,
     head_loss="ce",
     chain_smoothing=None,
+    draft_tokens=None,
     teacher=None,
     scale: float = 1.0,
 ) -> Tensor:
@@ -82,7 +83,11 @@ def naive_loss(
             x = x + F.silu(F.linear(x, block.linear.weight, block.linear.bias))
         logits = (output_layer if heads.form == "shared" else heads[index if heads.form == "separate" else 0][-1])(x)
         logits = logits * scale
-        all_logits.append(cap * torch.tanh(logits / cap) if cap else logits)
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        if draft_tokens is not None:
+            own = logits if logits.shape[-1] == len(draft_tokens) else logits[..., draft_tokens]
+            logits = torch.full_like(base_logits, -torch.inf).index_copy(-1, draft_tokens, own.to(base_logits.dtype))
+        all_logits.append(logits)
     stacked = torch.stack(all_logits)
     targets = naive_targets(labels, num_heads, inputs.get("position_ids"))
     teacher_logits = None
@@ -90,13 +95,19 @@ def naive_loss(
         with torch.no_grad():
             teacher_logits = teacher(**inputs, use_cache=False).logits
     losses: list[list[Tensor]] = [[] for _ in range(num_heads + 1)]
+    numbers = [int((targets[..., column] != IGNORE).sum()) for column in range(num_heads + 1)]
+    if draft_tokens is not None:
+        targets[..., 1:][~torch.isin(targets[..., 1:], draft_tokens)] = IGNORE
     for b in range(labels.shape[0]):
         for t in range(labels.shape[1]):
             for column in range(num_heads + 1):
                 target = targets[b, t, column]
                 if target == IGNORE:
                     continue
-                row = stacked[column, b, t]
+                row, chosen = stacked[column, b, t], slice(None)
+                if column and draft_tokens is not None:
+                    row, chosen = row[draft_tokens], draft_tokens
+                    target = (draft_tokens == target).nonzero().squeeze()
                 one_hot = F.one_hot(target, row.shape[0]).float()
                 if column == 0:
                     own = torch.softmax(row.detach(), -1)
@@ -108,7 +119,7 @@ def naive_loss(
                     loss = F.cross_entropy(row, one_hot)
                 else:
                     taught_by = base_logits if teacher_logits is None else teacher_logits
-                    p, q = torch.softmax(taught_by[b, t + column].detach(), -1), torch.softmax(row, -1)
+                    p, q = torch.softmax(taught_by[b, t + column].detach()[chosen], -1), torch.softmax(row, -1)
                     kl, accepted = (p * (p.log() - torch.log_softmax(row, -1))).sum(), torch.where(q < p, q, p).sum()
                     share = {"kl": 1.0, "tv": 0.0, "lk": math.exp(-10 * accepted.item())}[head_loss]
                     loss = share * kl + (1 - share) * (1 - accepted)
@@ -118,9 +129,9 @@ def naive_loss(
     total = torch.zeros(()) if only_heads else mean_over_counted(losses[0])
     for i in range(num_heads):
         if chain_smoothing is not None:
-            total = total + coefficient * mean_over_counted(losses[i + 1], len(losses[1]))
+            total = total + coefficient * mean_over_counted(losses[i + 1], numbers[1])
             continue
-        total = total + coefficient * decay ** (i + 1) * mean_over_counted(losses[i + 1])
+        total = total + coefficient * decay ** (i + 1) * mean_over_counted(losses[i + 1], numbers[i + 1])
     return total
 
 

@@ -48,6 +48,7 @@ def build(
     num_layers=1,
     lora: str | None = None,
     only_heads=False,
+    draft=False,
     **model_changes,
 ):
     """A model with heads that are no longer at their zero start, and the same in plain pieces for the reference."""
@@ -59,7 +60,9 @@ def build(
         model = get_peft_model(
             model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
         )
-    heads = MedusaHeads(HIDDEN, VOCAB, num_heads, num_layers, form)
+    heads = MedusaHeads(HIDDEN, VOCAB, num_heads, num_layers, form, draft_vocab=VOCAB // 2 if draft else None)
+    if draft:
+        heads.choose_tokens(torch.arange(VOCAB)[1::2])
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -107,6 +110,18 @@ CASES = {
     "medusa2-distil-lk-heads": dict(
         lora="lm_head", lm_coefficient=0.0, kl_coefficient=1.0, head_loss="lk", form="shared"
     ),
+    "medusa1-draft-separate": dict(only_heads=True, draft=True),
+    "medusa1-draft-shared-packed": dict(only_heads=True, form="shared", draft=True, packed=True),
+    "medusa1-draft-trained-chain": dict(only_heads=True, form="trained", draft=True, chain_smoothing=0.4),
+    "medusa1-draft-trained-lk-chain": dict(
+        only_heads=True, form="trained", draft=True, head_loss="lk", chain_smoothing=0.5
+    ),
+    "medusa2-draft-shared-full": dict(form="shared", draft=True, head_loss="kl"),
+    "medusa2-draft-distil-kl-heads": dict(
+        lora="lm_head", lm_coefficient=0.5, kl_coefficient=1.0, head_loss="kl", form="shared", draft=True
+    ),
+    "gemma2-draft-shared": dict(family="gemma2-softcap", only_heads=True, cap=0.5, form="shared", draft=True),
+    "phi-bias-draft-shared": dict(family="phi-lm-head-bias", form="shared", draft=True),
     "medusa1-trained": dict(only_heads=True, form="trained"),
     "medusa1-trained-chain-packed": dict(only_heads=True, form="trained", chain_smoothing=0.5, packed=True),
     "medusa2-trained-lm-head-lk": dict(lora="lm_head", form="trained", head_loss="lk"),
@@ -154,6 +169,7 @@ def test_objective_values_and_gradients_equal_the_naive_reference(case, recomput
         only_heads=only_heads,
         teacher=teacher if loss_options.get("kl_coefficient") else None,
         scale=scale,
+        draft_tokens=heads.token_map,
         **loss_options,
     )
     expected_gradients = gradients(model, expected)
@@ -320,6 +336,7 @@ BF16_CASES = [
     "medusa2-distil-lk-heads",
     "medusa1-chain",
     "medusa1-trained",
+    "medusa1-draft-trained-chain",
     "medusa2-chain-lm-head-shared",
 ]
 
@@ -346,7 +363,9 @@ def test_objective_in_bf16_autocast_is_no_further_from_fp32_than_the_naive_refer
     labels, inputs = batch(packed)
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     arguments = dict(
-        only_heads=options.get("only_heads", False), teacher=teacher if "kl_coefficient" in loss_options else None
+        only_heads=options.get("only_heads", False),
+        draft_tokens=heads.token_map,
+        teacher=teacher if "kl_coefficient" in loss_options else None,
     )
     exact = gradients(model, naive_loss(lm, heads, None, labels, inputs, **arguments, **loss_options))
     with torch.autocast(DEVICE, dtype=torch.bfloat16):

@@ -281,7 +281,7 @@ def losses_of(plan: Plan) -> float:
         bytes_ += 12 * logits  # every chunk is differentiated by autograd, which keeps copies
     if plan.half and plan.head_bits == 32 and plan.engine == "ddp" and not plan.shared:
         layers = plan.own_output_layers if plan.chain else 1  # whose gradients wait for each other
-        bytes_ += a * plan.sizes.output * layers  # output layers in the type that is multiplied in
+        bytes_ += a * plan.one_own_output * layers  # output layers in the type that is multiplied in
     return bytes_
 
 

@@ -66,6 +66,7 @@ class Plan:
         overlap: Whether DeepSpeed has two of them.
         chain: Whether the heads' losses are weighted as a chain.
         one_output: Whether the heads have one output layer together.
+        draft_vocab: Tokens that the heads choose among, 0 for all.
     """
 
     sizes: ModelSizes
@@ -98,6 +99,7 @@ class Plan:
     overlap: bool = False
     chain: bool = False
     one_output: bool = False
+    draft_vocab: int = 0
 
     @property
     def tokens(self) -> int:
@@ -107,7 +109,12 @@ class Plan:
     @property
     def own_outputs(self) -> int:
         """Parameters of the heads' own output layers."""
-        return self.own_output_layers * self.sizes.output
+        return self.own_output_layers * self.one_own_output
+
+    @property
+    def one_own_output(self) -> int:
+        """Parameters of one of them."""
+        return self.sizes.hidden * self.draft_vocab if self.draft_vocab else self.sizes.output
 
     @property
     def own_output_layers(self) -> int:
@@ -231,6 +238,7 @@ def plan_of(
         blocks=args.medusa_num_layers,
         shared=args.medusa_lm_head == "shared",
         teacher=args.medusa_self_distillation or args.medusa_head_loss != "ce",
+        draft_vocab=args.medusa_draft_vocab or 0,
         one_output=args.medusa_lm_head == "trained",
         chain=args.medusa_head_weighting == "chain",
         self_distillation=args.medusa_self_distillation,

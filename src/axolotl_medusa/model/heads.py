@@ -3,7 +3,7 @@
 Contract: knows the shape of a Hugging Face causal LM (a backbone and an output embedding) and nothing about training,
 data or files. The state dict of `MedusaHeads` has the names of the heads directory: `{i}.{j}.linear.weight`,
 `{i}.{j}.linear.bias` and, for heads with an output layer of their own, `{i}.{num_layers}.weight`; where one layer serves all of
-them, it is head 0's.
+them, it is head 0's. Heads that choose among a part of the vocabulary have its tokens as `token_map`, vLLM's name for it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ def form_of(config: Mapping[str, Any]) -> HeadForm:
     if not config["original_lm_head"]:
         return "separate"
     return "trained" if config.get(FORM_KEY) == "trained" else "shared"
+
+
+TOKEN_MAP = "token_map"
+"""Name of the tokens that heads of a draft vocabulary choose among, in the state dict and in the file."""
+
+DRAFT_VOCAB_KEY = "truncated_vocab_size"
+"""In a config of heads: how many these are."""
 
 
 class ResidualBlock(nn.Module):
@@ -74,7 +81,11 @@ class MedusaHeads(nn.ModuleList):
             own one together).
         dtype: Type of the parameters.
         device: Device of the parameters.
+        draft_vocab: How many tokens the heads choose among, None for all; output layers have a row for each. Which ones
+            they are `choose_tokens` says; before, they are the first.
     """
+
+    token_map: Tensor | None
 
     def __init__(
         self,
@@ -85,17 +96,24 @@ class MedusaHeads(nn.ModuleList):
         form: HeadForm = "separate",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        draft_vocab: int | None = None,
     ) -> None:
         super().__init__()
+        if draft_vocab is not None and draft_vocab > vocab_size:
+            raise ValueError(
+                f"heads are to choose among {draft_vocab} tokens of {vocab_size}: expected no more than the model has"
+            )
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.num_heads = num_heads
         self.num_layers = num_layers
         self.form: HeadForm = form
+        self.draft_vocab = draft_vocab
+        self.register_buffer(TOKEN_MAP, None if draft_vocab is None else torch.arange(draft_vocab, device=device))
         for index in range(num_heads):
             head = nn.Sequential(*(ResidualBlock(hidden_size, dtype, device) for _ in range(num_layers)))
             if form == "separate" or (form == "trained" and index == 0):
-                head.append(nn.Linear(hidden_size, vocab_size, bias=False, dtype=dtype, device=device))
+                head.append(nn.Linear(hidden_size, draft_vocab or vocab_size, bias=False, dtype=dtype, device=device))
             self.append(head)
 
     @property
@@ -136,7 +154,33 @@ class MedusaHeads(nn.ModuleList):
     def start_output_layers_from(self, weight: Tensor) -> None:
         """Copies an output embedding `[vocab_size, hidden_size]` into every output layer, so that a fresh head equals it."""
         for layer in self.output_layers():
-            layer.weight.copy_(weight)
+            layer.weight.copy_(weight if self.token_map is None else weight[self.token_map.to(weight.device)])
+
+    def choose_tokens(self, tokens: Tensor) -> None:
+        """Sets which tokens heads of a draft vocabulary choose among, `[draft_vocab]`.
+
+        Raises:
+            ValueError: They are not so many different tokens of the model in ascending order.
+        """
+        if self.token_map is None:
+            raise ValueError("heads of the whole vocabulary are given a token_map: expected none")
+        check_token_map(tokens, self.vocab_size, tuple(self.token_map.shape))
+        self.token_map.copy_(tokens)
+
+
+def check_token_map(tokens: Tensor, vocab_size: int, shape: tuple[int, ...]) -> None:
+    """Checks what is to be a `token_map`: every index into a vocabulary is taken from it.
+
+    Raises:
+        ValueError: It is not of that shape, or not ascending numbers of tokens below `vocab_size`.
+    """
+    if tokens.dtype != torch.int64 or tuple(tokens.shape) != shape:
+        found = f"{str(tokens.dtype).removeprefix('torch.')} {tuple(tokens.shape)}"
+        raise ValueError(f"{TOKEN_MAP} is {found}, expected int64 {shape}: get the heads again")
+    if bool((tokens.diff() <= 0).any()) or int(tokens[0]) < 0 or int(tokens[-1]) >= vocab_size:
+        raise ValueError(
+            f"{TOKEN_MAP} is not ascending within {vocab_size} tokens, expected it so: get the heads again"
+        )
 
 
 def attach_heads(model: nn.Module, heads: MedusaHeads, *, probe: bool = True) -> None:

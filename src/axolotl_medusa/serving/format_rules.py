@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from axolotl_medusa.model.file_names import HEADS_FILE, SHARED_OUTPUT_LAYER
-from axolotl_medusa.model.heads import FORM_KEY, form_of
+from axolotl_medusa.model.heads import DRAFT_VOCAB_KEY, FORM_KEY, form_of
 from axolotl_medusa.serving.head_names import HeadTensor
 
 TORCH_HEADS_FILE = "medusa_lm_head.pt"
@@ -188,6 +188,12 @@ def refusal(
 
 
 def _refused_heads(target: Target, config: Mapping[str, Any]) -> str | None:
+    if form_of(config) != "shared" and config.get(DRAFT_VOCAB_KEY) is not None:
+        return (
+            f"found heads that choose among {config[DRAFT_VOCAB_KEY]} tokens, expected the whole vocabulary: {target.name} has no "
+            "other output layers; train without medusa_draft_vocab, or with medusa_lm_head: shared, whose heads are exported as "
+            "choosing among all tokens"
+        )
     heads, layers = config["medusa_num_heads"], config["medusa_num_layers"]
     if target.max_layers is not None and layers > target.max_layers:
         return (

@@ -113,6 +113,13 @@ class MedusaArgs(BaseModel):
         description="separate: each head owns an output layer started from lm_head (v1). shared: heads reuse lm_head (v2). trained: "
         "one output layer is trained for all heads, started from lm_head. Default separate: the paper's (section 2.1.1).",
     )
+    medusa_draft_vocab: int | None = Field(
+        default=None,
+        ge=128,
+        description="Heads choose among this many tokens, those that the training data's answers have most often; at least 128. Their "
+        "output layer costs as much less, in training and in decoding. A target outside teaches a head nothing and counts as a "
+        "miss. Default none: the whole vocabulary, as in the paper.",
+    )
     medusa_heads_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Type of the heads' parameters, whatever the base model's. bfloat16 halves their memory, but rounds small steps "
@@ -171,6 +178,7 @@ class MedusaArgs(BaseModel):
         "medusa_num_unfreeze_layers",
         "medusa_checkpoint_layers",
         "medusa_logging_topk",
+        "medusa_draft_vocab",
         mode="before",
     )
     @classmethod

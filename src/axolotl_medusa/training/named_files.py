@@ -68,6 +68,15 @@ def deepspeed_config(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}  # accelerate takes the encoded text of one too
 
 
+def divides_weights(cfg: Mapping[str, Any]) -> bool:
+    """Whether the YAML asks for an engine that divides weights among ranks; not where its file cannot be read."""
+    try:
+        zero = deepspeed_config(cfg).get("zero_optimization")
+    except ValueError:
+        return False  # reported with the other files
+    return bool(cfg.get("fsdp_config") or cfg.get("fsdp")) or (isinstance(zero, Mapping) and zero.get("stage") == 3)
+
+
 def file_problems(args: MedusaArgs, cfg: Mapping[str, Any], bad: set[Any]) -> list[str]:
     """One line for each file or directory that a key names and that is missing or damaged.
 
@@ -144,6 +153,7 @@ def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
         "medusa_num_heads": config.get("medusa_num_heads"),
         "medusa_num_layers": config.get("medusa_num_layers"),
         "medusa_lm_head": _form_of(config),
+        "medusa_draft_vocab": config.get("truncated_vocab_size"),
     }
     return [
         f"{key} is {getattr(args, key)!r} but the heads in medusa_init_from {args.medusa_init_from} have {value!r}: use the same value"

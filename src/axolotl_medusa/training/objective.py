@@ -20,7 +20,8 @@ A batch's way from the YAML to an optimizer step (modules are those of this fold
 6. `MedusaTrainer.compute_loss` runs for each micro-batch. It hands the forward the counts (`num_items_in_batch`) and the
    heads' weight at this step (`medusa_coefficient`): `medusa_heads_coefficient` times `schedule.scheduler_factor`.
 7. The model's forward is `_MicroBatch` below:
-   - targets: which token each row predicts (`losses.targets.medusa_targets`); rows without a base target do not count
+   - targets: which token each row predicts (`losses.targets.medusa_targets`); rows without a base target do not count, and
+     targets outside a draft vocabulary teach a head nothing (`_within_draft_vocab`)
    - backbone: its forward without lm_head, of which only the counted rows are kept
    - teacher: whose distribution is learnt, where the loss has a divergence (`_teacher`)
    - predictions: hidden rows, targets and weight of each head (`_head_prediction`) and of the base model (`_base_prediction`)
@@ -53,7 +54,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -229,7 +231,7 @@ class _MicroBatch:
         self.heads: MedusaHeads = attached_heads(lm)
         self.lm_head = output_embedding(lm)
         self.transform = logit_transform(lm.config)
-        self.vocab_size = embedding_shape(self.lm_head)[0]
+        self._shared_layer: OutputLayer | None = None
 
     def counted_rows(self, labels: Tensor) -> MedusaOutput:
         """The hidden states of the counted rows alone."""
@@ -257,18 +259,37 @@ class _MicroBatch:
         rows, targets = rows.to(hidden.device), targets.to(hidden.device)
         targets, counts = targets[rows], counts.to(hidden.device).clamp(min=1)
         counted = [targets[:, head + 1] != IGNORE_INDEX for head in range(heads.num_heads)]
+        targets, learnt = self._within_draft_vocab(targets, counted)
         scales = self._head_scales(coefficient, counts)
         predictions = [
-            self._head_prediction(head, hidden, rows, targets, counted[head], scales[head])
+            self._head_prediction(head, hidden, rows, targets, learnt[head], scales[head])
             for head in range(heads.num_heads)
         ]
-        if not objective.only_heads:
-            predictions.append(self._base_prediction(hidden, targets, 1.0 / counts[0]))
-        loss, sums = chunked_loss(predictions, self._teacher(hidden, rows), chain=self._chain(counted))
+        base = [] if objective.only_heads else [self._base_prediction(hidden, targets, 1.0 / counts[0])]
+        teacher, chain = self._teacher(hidden, rows), self._chain(learnt)
+        if heads.token_map is None:
+            loss, sums = chunked_loss([*predictions, *base], teacher, chain=chain)
+        else:  # heads learn from a teacher that chooses among their tokens, the base model from one of all tokens
+            of_heads = None if teacher is None else Teacher(teacher.hidden, self._of_draft_vocab(teacher.layer))
+            loss, sums = chunked_loss(predictions, of_heads, chain=chain)
+            if base:
+                base_loss, base_sums = chunked_loss(base, teacher)
+                loss, sums = loss + base_loss, sums + base_sums
         metrics = self._watched_base(hidden, targets) if objective.only_heads else self._base_metrics(sums.pop(), rows)
-        metrics += self._head_metrics(sums, counted, rows)
+        metrics += self._head_metrics(sums, counted, learnt, rows)
         stacked = torch.stack([torch.stack([part.double() for part in metric]) for metric in metrics])
         return MedusaOutput(loss=loss, metric_sums=stacked)
+
+    def _within_draft_vocab(self, targets: Tensor, counted: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The heads' targets as places in their draft vocabulary, and which of them have one there; without one, all as they are."""
+        tokens = self.heads.token_map
+        if tokens is None:
+            return targets, list(counted)
+        places = torch.full((self.heads.vocab_size,), IGNORE_INDEX, device=targets.device)
+        places[tokens.to(targets.device)] = torch.arange(len(tokens), device=targets.device)
+        of_heads = torch.where(targets[:, 1:] == IGNORE_INDEX, IGNORE_INDEX, places[targets[:, 1:].clamp(min=0)])
+        learnt = [of_heads[:, head] != IGNORE_INDEX for head in range(self.heads.num_heads)]
+        return torch.cat([targets[:, :1], of_heads], dim=1), learnt
 
     def _head_scales(self, coefficient: float, counts: Tensor) -> list[Tensor]:
         """The factor of each head's losses: its decay over its targets, or for all heads 1 over the chains, where head 0 has one."""
@@ -313,12 +334,31 @@ class _MicroBatch:
     ) -> Prediction:
         """A head's rows; the model predicts the same token 1 + head rows later, which is a counted row too."""
         own_rows = self.heads.hidden(head, hidden[counted])
-        layer = self._output_layer(self.heads.output_layer(head) or self.lm_head)
+        layer = self._head_layer(head)
         own_targets = targets[counted, head + 1]
         weights, same_token = _HEAD_LOSSES[self.objective.head_loss], None
         if weights.needs_teacher:
             same_token = torch.searchsorted(rows, rows[counted] + 1 + head)
         return Prediction(own_rows, own_targets, layer, weights, scale, same_token, self._accuracies)
+
+    def _head_layer(self, head: int) -> OutputLayer:
+        """The output layer of a head, of the tokens that it chooses among."""
+        own = self.heads.output_layer(head)
+        if own is not None:
+            return self._output_layer(own)
+        if self._shared_layer is None:
+            self._shared_layer = self._of_draft_vocab(self._output_layer(self.lm_head))
+        return self._shared_layer
+
+    def _of_draft_vocab(self, layer: OutputLayer) -> OutputLayer:
+        """The model's output layer for the tokens of the draft vocabulary alone; all of it without one."""
+        tokens = self.heads.token_map
+        if tokens is None:
+            return layer
+        if layer.weight is None:
+            return replace(layer, project=lambda hidden: layer.project(hidden)[..., tokens], vocab_size=len(tokens))
+        rows = layer.weight[tokens]
+        return OutputLayer(partial(nn.functional.linear, weight=rows), len(tokens), [rows], rows, layer.dtype)
 
     def _output_layer(self, layer: nn.Module, frozen: bool = False) -> OutputLayer:
         """An output layer as the losses take it; frozen: without dropout."""
@@ -331,7 +371,7 @@ class _MicroBatch:
             with _evaluating(layer) if frozen else contextlib.nullcontext():
                 return self.transform(layer(hidden.to(_weight_dtype(layer))))
 
-        return OutputLayer(project, self.vocab_size, list(layer.parameters()), weight, dtype)
+        return OutputLayer(project, embedding_shape(layer)[0], list(layer.parameters()), weight, dtype)
 
     def _watched_base(self, hidden: Tensor, targets: Tensor) -> list[_Metric]:
         """The loss of a frozen base model, which is only watched."""
@@ -348,16 +388,23 @@ class _MicroBatch:
             metrics += [(sums.cross_entropy, _count(rows)), (sums.kl, _count(rows))]
         return metrics
 
-    def _head_metrics(self, sums: Sequence[LossSums], counted: Sequence[Tensor], rows: Tensor) -> list[_Metric]:
-        """Each head's loss and accuracies, and the acceptance length: heads that are right in a row, and the base token."""
+    def _head_metrics(
+        self, sums: Sequence[LossSums], counted: Sequence[Tensor], learnt: Sequence[Tensor], rows: Tensor
+    ) -> list[_Metric]:
+        """Each head's loss and accuracies, and the acceptance length: heads that are right in a row, and the base token.
+
+        Targets that a head cannot choose are in no loss, and misses in what it gets right.
+        """
         metrics = []
         correct = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
         accepted = _count(rows).double()
-        for of_head, chosen in zip(sums, counted, strict=True):
+        for of_head, has_target, chosen in zip(sums, counted, learnt, strict=True):
             metrics.append((of_head.loss, chosen.sum()))
             if of_head.correct is not None and of_head.topk_hits is not None:
-                metrics.append((of_head.correct.sum(), chosen.sum()))
+                metrics.append((of_head.correct.sum(), has_target.sum()))
                 sampled = torch.tensor(of_head.topk_rows, device=rows.device)
+                if self.heads.token_map is not None:  # a sample of what it can choose stands for all that it is asked
+                    sampled = sampled * has_target.sum() / chosen.sum().clamp(min=1)
                 metrics += [(hits, sampled) for hits in of_head.topk_hits[1:]]
                 correct &= torch.zeros_like(correct).masked_scatter(chosen, of_head.correct)
                 accepted += correct.sum()

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from axolotl_medusa.training.args import MedusaArgs, unknown_key_problems
 from axolotl_medusa.training.divided_models import fsdp_problems
 from axolotl_medusa.training.learning_rates import learning_rate_problems
-from axolotl_medusa.training.named_files import file_problems, is_file, named_path
+from axolotl_medusa.training.named_files import divides_weights, file_problems, is_file, named_path
 from axolotl_medusa.training.refused_keys import refused_key_problems
 from axolotl_medusa.training.schedule import parse_schedule
 
@@ -50,6 +50,7 @@ def config_problems(cfg: Mapping[str, Any], missing_fsdp_version: int = 1) -> li
     problems += _trainer_problems(args, cfg)
     problems += fsdp_problems(cfg, missing_fsdp_version)
     problems += _hidden_cache_problems(args, cfg)
+    problems += _draft_vocab_problems(args, cfg)
     problems += file_problems(args, cfg, bad)
     problems += learning_rate_problems(args, cfg)
     problems += refused_key_problems(args, cfg)
@@ -182,6 +183,22 @@ def _trainer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"{key} is {value}: targets of Medusa heads reach across its parts and it is not supported; remove it"
             )
+    return problems
+
+
+def _draft_vocab_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
+    if args.medusa_draft_vocab is None:
+        return []
+    problems = [
+        f"medusa_draft_vocab counts the tokens of all samples beforehand, which {key} does not tell; remove one"
+        for key in ("streaming", "pretraining_dataset")
+        if cfg.get(key)
+    ]
+    if divides_weights(cfg):
+        problems.append(
+            "medusa_draft_vocab takes rows of lm_head once the data is known, and ZeRO-3 and FSDP have divided it by then; train "
+            "with DDP or ZeRO-1 or 2, or remove medusa_draft_vocab"
+        )
     return problems
 
 
