@@ -321,6 +321,27 @@ def test_objective_metrics_equal_the_naive_acceptance_length_and_accuracies():
     assert "medusa2_loss" in metrics and "medusa3_loss" not in metrics
 
 
+@pytest.mark.parametrize("form", ["shared", "trained"])
+def test_objective_of_a_draft_vocabulary_counts_what_it_lacks_as_misses_in_an_evaluation_too(form):
+    model, heads, _ = build(only_heads=True, form=form, draft=True)
+    model = model.bfloat16()
+    heads.float()
+    install_objective(model, Objective(only_heads=True, logging_topk=2))
+    labels, inputs = batch(packed=False)
+    heads_rows = [int(target_counts(labels, 3)[head + 1]) for head in range(3)]
+    for training in (True, False):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            sums = model(**inputs, labels=labels).metric_sums
+        names = metric_names(3, Objective(only_heads=True, logging_topk=2))
+        metrics = dict(zip(names, sums.tolist(), strict=True))
+        for head, rows in enumerate(heads_rows):
+            learnt = metrics[f"medusa{head}_loss"][1]
+            assert 0 < learnt < rows == metrics[f"medusa{head}_top1"][1]
+            assert metrics[f"medusa{head}_top1"][0] <= learnt
+            assert training or metrics[f"medusa{head}_top2"][1] == rows
+
+
 def test_objective_without_labels_is_the_models_own_forward():
     model, heads, teacher = build()
     install_objective(model, Objective())

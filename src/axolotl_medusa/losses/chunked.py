@@ -94,7 +94,7 @@ class _GradientInForward(torch.autograd.Function):
         )
         total = torch.zeros((), dtype=torch.float32, device=hidden[0].device)
         for chunk in chunks:
-            total += _chunk_loss(losses, chunk, gradients)
+            _add_chunk(losses, chunk, gradients, total)
         ctx.gradients = gradients.of(losses.trained)  # type: ignore[attr-defined]
         return total
 
@@ -156,21 +156,20 @@ def _teacher_of(losses: ChunkedLosses, chunk: Chunk) -> TeacherProbabilities | N
     return teacher_probabilities(logits, buffers.empty("teacher", logits.shape, torch.float32, logits.device))
 
 
-def _chunk_loss(losses: ChunkedLosses, chunk: Chunk, gradients: _Gradients) -> Tensor:
-    """The scaled loss of a chunk; its gradients are added to `gradients`.
+def _add_chunk(losses: ChunkedLosses, chunk: Chunk, gradients: _Gradients, total: Tensor) -> None:
+    """Adds the scaled loss of a chunk to `total`, and its gradients to `gradients`.
 
     Where the rows are a chain's, their gradients wait until all heads of the chunk have said what weight they have.
     """
     teacher = _teacher_of(losses, chunk)
     scales = [losses.predictions[part.prediction].scale for part in chunk.parts]
-    total = torch.zeros((), dtype=torch.float32, device=losses.predictions[0].hidden.device)
     if chunk.positions is None:
         for part, scale in zip(chunk.parts, scales, strict=True):
             sums, add_gradients = _part_gradient(losses, part, teacher, gradients)
             add_gradients(scale)
             losses.keep(part, sums)
             total += sums.loss * scale
-        return total
+        return
     done = [_part_gradient(losses, part, teacher, gradients, waits=True) for part in chunk.parts]
     rows = [sums.rows for sums, _ in done if sums.rows is not None]
     of_rows = losses.row_weights(chunk, [each.cross_entropy for each in rows])
@@ -178,7 +177,6 @@ def _chunk_loss(losses: ChunkedLosses, chunk: Chunk, gradients: _Gradients) -> T
         add_gradients((weights * scale)[:, None])
         losses.keep(part, sums)
         total += (weights * each.loss).sum() * scale
-    return total
 
 
 def _part_gradient(

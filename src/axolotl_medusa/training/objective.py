@@ -53,9 +53,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -65,18 +64,16 @@ from transformers.utils import ModelOutput
 from axolotl_medusa.losses.chain import Chain
 from axolotl_medusa.losses.chunked import chunked_loss
 from axolotl_medusa.losses.cross_entropy_and_kl import LossSums, LossWeights
-from axolotl_medusa.losses.prediction import Accuracies, OutputLayer, Prediction, Teacher, matmul_dtype
+from axolotl_medusa.losses.prediction import Accuracies, Prediction, Teacher
 from axolotl_medusa.losses.targets import IGNORE_INDEX, medusa_targets
 from axolotl_medusa.model.anatomy import (
     backbone,
     causal_lm,
-    embedding_shape,
     frozen_output_embedding,
-    identity,
-    logit_transform,
     output_embedding,
 )
 from axolotl_medusa.model.heads import MedusaHeads, attached_heads
+from axolotl_medusa.training.output_layers import OutputLayers, evaluating
 
 BASE_LOSS_SAMPLE = 16
 """In Medusa-1 training the base loss is only watched: every 16th row of each batch keeps that below 1% of a step."""
@@ -230,8 +227,7 @@ class _MicroBatch:
         self.inputs = inputs
         self.heads: MedusaHeads = attached_heads(lm)
         self.lm_head = output_embedding(lm)
-        self.transform = logit_transform(lm.config)
-        self._shared_layer: OutputLayer | None = None
+        self.layers = OutputLayers(lm, self.heads)
 
     def counted_rows(self, labels: Tensor) -> MedusaOutput:
         """The hidden states of the counted rows alone."""
@@ -270,7 +266,7 @@ class _MicroBatch:
         if heads.token_map is None:
             loss, sums = chunked_loss([*predictions, *base], teacher, chain=chain)
         else:  # heads learn from a teacher that chooses among their tokens, the base model from one of all tokens
-            of_heads = None if teacher is None else Teacher(teacher.hidden, self._of_draft_vocab(teacher.layer))
+            of_heads = None if teacher is None else Teacher(teacher.hidden, self.layers.of_draft_vocab(teacher.layer))
             loss, sums = chunked_loss(predictions, of_heads, chain=chain)
             if base:
                 base_loss, base_sums = chunked_loss(base, teacher)
@@ -310,7 +306,7 @@ class _MicroBatch:
         decoder = backbone(self.lm)
         if not teacher and not self.objective.only_heads:
             return cast(Tensor, decoder(**self.inputs)[0])
-        with torch.no_grad(), _evaluating(decoder):
+        with torch.no_grad(), evaluating(decoder):
             return cast(Tensor, decoder(**self.inputs)[0])
 
     def _teacher(self, hidden: Tensor, rows: Tensor) -> Teacher | None:
@@ -318,67 +314,35 @@ class _MicroBatch:
         if self.objective.kl_coefficient:
             with self.disable_adapter():
                 hidden = self._last_hidden(teacher=True).flatten(0, 1)[rows]
-            return Teacher(hidden, self._output_layer(frozen_output_embedding(self.lm_head)))
+            return Teacher(hidden, self.layers.of(frozen_output_embedding(self.lm_head)))
         if _HEAD_LOSSES[self.objective.head_loss].needs_teacher:
-            return Teacher(hidden.detach(), self._output_layer(self.lm_head, frozen=True))
+            return Teacher(hidden.detach(), self.layers.of(self.lm_head, frozen=True))
         return None
 
     def _base_prediction(self, hidden: Tensor, targets: Tensor, scale: Tensor) -> Prediction:
         objective = self.objective
         weights = LossWeights(objective.lm_coefficient, objective.kl_coefficient, objective.distillation_regularization)
         every_row = torch.arange(hidden.shape[0], device=hidden.device) if objective.kl_coefficient else None
-        return Prediction(hidden, targets[:, 0], self._output_layer(self.lm_head), weights, scale, every_row)
+        return Prediction(hidden, targets[:, 0], self.layers.of(self.lm_head), weights, scale, every_row)
 
     def _head_prediction(
         self, head: int, hidden: Tensor, rows: Tensor, targets: Tensor, counted: Tensor, scale: Tensor
     ) -> Prediction:
         """A head's rows; the model predicts the same token 1 + head rows later, which is a counted row too."""
         own_rows = self.heads.hidden(head, hidden[counted])
-        layer = self._head_layer(head)
+        layer = self.layers.of_head(head)
         own_targets = targets[counted, head + 1]
         weights, same_token = _HEAD_LOSSES[self.objective.head_loss], None
         if weights.needs_teacher:
             same_token = torch.searchsorted(rows, rows[counted] + 1 + head)
         return Prediction(own_rows, own_targets, layer, weights, scale, same_token, self._accuracies)
 
-    def _head_layer(self, head: int) -> OutputLayer:
-        """The output layer of a head, of the tokens that it chooses among."""
-        own = self.heads.output_layer(head)
-        if own is not None:
-            return self._output_layer(own)
-        if self._shared_layer is None:
-            self._shared_layer = self._of_draft_vocab(self._output_layer(self.lm_head))
-        return self._shared_layer
-
-    def _of_draft_vocab(self, layer: OutputLayer) -> OutputLayer:
-        """The model's output layer for the tokens of the draft vocabulary alone; all of it without one."""
-        tokens = self.heads.token_map
-        if tokens is None:
-            return layer
-        if layer.weight is None:
-            return replace(layer, project=lambda hidden: layer.project(hidden)[..., tokens], vocab_size=len(tokens))
-        rows = layer.weight[tokens]
-        return OutputLayer(partial(nn.functional.linear, weight=rows), len(tokens), [rows], rows, layer.dtype)
-
-    def _output_layer(self, layer: nn.Module, frozen: bool = False) -> OutputLayer:
-        """An output layer as the losses take it; frozen: without dropout."""
-        weight, dtype = None, _compute_dtype(layer)
-        is_matmul = type(layer) is nn.Linear and layer.bias is None and self.transform is identity
-        if is_matmul and dtype in (torch.float32, torch.bfloat16):
-            weight = cast(Tensor, layer.weight)
-
-        def project(hidden: Tensor) -> Tensor:
-            with _evaluating(layer) if frozen else contextlib.nullcontext():
-                return self.transform(layer(hidden.to(_weight_dtype(layer))))
-
-        return OutputLayer(project, embedding_shape(layer)[0], list(layer.parameters()), weight, dtype)
-
     def _watched_base(self, hidden: Tensor, targets: Tensor) -> list[_Metric]:
         """The loss of a frozen base model, which is only watched."""
         watched = slice(None, None, BASE_LOSS_SAMPLE if self.lm.training else 1)
         rows = hidden[watched]
         with torch.no_grad():
-            _, (sums,) = chunked_loss([Prediction(rows, targets[watched, 0], self._output_layer(self.lm_head))])
+            _, (sums,) = chunked_loss([Prediction(rows, targets[watched, 0], self.layers.of(self.lm_head))])
         return [(sums.cross_entropy, _count(rows))]
 
     def _base_metrics(self, sums: LossSums, rows: Tensor) -> list[_Metric]:
@@ -419,29 +383,3 @@ class _MicroBatch:
 
 def _count(rows: Tensor) -> Tensor:
     return torch.tensor(rows.shape[0], device=rows.device)
-
-
-def _compute_dtype(layer: nn.Module) -> torch.dtype:
-    """What the layer's matmul is computed in."""
-    weight = frozen_output_embedding(layer).weight
-    kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return matmul_dtype(dtype, weight.device)
-
-
-def _weight_dtype(layer: nn.Module) -> torch.dtype:
-    dtype: torch.dtype = frozen_output_embedding(layer).weight.dtype
-    return dtype
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Switches dropout off: what is frozen must answer in training as it does when it is served."""
-    training = module.training
-    if training:
-        module.eval()
-    try:
-        yield
-    finally:
-        if training:
-            module.train()
