@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICE
-from loss_cases import ATOL, HIDDEN, LOSSES, RTOL, VOCAB, output_layer
+from loss_cases import ATOL, HIDDEN, LOSSES, RTOL, VOCAB, output_layer, peak_bytes
 from torch.nn import functional as F
 
 from axolotl_medusa.losses.chain import Chain, chain_weights
@@ -21,20 +21,30 @@ HEADS = 3
 class Case:
     """Heads with rows missing here and there, in the middle too, on layers of their own or on one."""
 
-    def __init__(self, one_layer=False, bias=False, dtype=torch.float32, smoothing=0.5, loss="ce", matmul_dtype=None):
+    def __init__(
+        self,
+        one_layer=False,
+        bias=False,
+        dtype=torch.float32,
+        smoothing=0.5,
+        loss="ce",
+        matmul_dtype=None,
+        vocab=VOCAB,
+        positions=POSITIONS,
+    ):
         torch.manual_seed(0)
         self.weights = LOSSES[loss]
-        layers = [torch.nn.Linear(HIDDEN, VOCAB, bias=bias).to(dtype) for _ in range(HEADS)]
+        layers = [torch.nn.Linear(HIDDEN, vocab, bias=bias).to(dtype) for _ in range(HEADS)]
         self.layers = [layers[0]] * HEADS if one_layer else layers
-        self.positions = [torch.arange(POSITIONS)]
-        self.positions += [torch.randperm(POSITIONS)[: POSITIONS - 4 * head].sort().values for head in range(1, HEADS)]
+        self.positions = [torch.arange(positions)]
+        self.positions += [torch.randperm(positions)[: positions - 4 * head].sort().values for head in range(1, HEADS)]
         self.hidden = [torch.randn(len(own), HIDDEN, dtype=dtype, requires_grad=True) for own in self.positions]
-        self.targets = [torch.randint(VOCAB, (len(own),)) for own in self.positions]
-        self.chain = Chain(self.positions, POSITIONS, smoothing)
-        teacher = torch.nn.Linear(HIDDEN, VOCAB).to(dtype).requires_grad_(False)
+        self.targets = [torch.randint(vocab, (len(own),)) for own in self.positions]
+        self.chain = Chain(self.positions, positions, smoothing)
+        teacher = torch.nn.Linear(HIDDEN, vocab).to(dtype).requires_grad_(False)
         self.matmul_dtype = matmul_dtype or dtype
         self.teacher = Teacher(
-            torch.randn(POSITIONS + HEADS, HIDDEN, dtype=dtype), output_layer(teacher, dtype=self.matmul_dtype)
+            torch.randn(positions + HEADS, HIDDEN, dtype=dtype), output_layer(teacher, dtype=self.matmul_dtype)
         )
         self.teacher_logits = teacher(self.teacher.hidden)
         self.wanted = [
@@ -194,6 +204,20 @@ def test_planned_chunks_of_a_chain_hold_as_many_rows_as_others():
     for chunk in chunks:
         assert sum(part.rows.stop - part.rows.start for part in chunk.parts) <= 3 * HEADS
         assert chunk.teacher_rows.stop - chunk.teacher_rows.start <= 3 + HEADS - 1
+
+
+@pytest.mark.parametrize("one_layer", [False, True], ids=["own-layers", "one-layer"])
+def test_chunked_loss_of_a_chain_takes_no_more_memory_than_without(one_layer):
+    """Each head's logits wait for the others', and are as much fewer."""
+    peaks = {}
+    for chained in (False, True):
+        case = Case(one_layer, vocab=4000, positions=600)
+        chain = case.chain if chained else None
+        peaks[chained] = peak_bytes(
+            lambda c=case, of=chain: chunked_loss(c.predictions, chain=of, chunk_rows=60, recompute=False)[0].backward()
+        )
+    assert peaks[True] < 1.1 * peaks[False]
+    assert peaks[True] < 4 * 4000 * 3 * 600 / 4, "rows x vocabulary is never in memory"
 
 
 def test_chunked_loss_of_a_chain_makes_its_tensors_where_the_rows_are():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from conftest import DEVICE
-from loss_cases import ATOL, HIDDEN, LOSSES, ROWS, RTOL, VOCAB, output_layer
+from loss_cases import ATOL, HIDDEN, LOSSES, ROWS, RTOL, VOCAB, output_layer, peak_bytes
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -281,23 +281,6 @@ def test_chunked_loss_default_chunk_keeps_chunk_logits(weights, monkeypatch):
         monkeypatch.setattr(chunk_plan, CHUNK_LOGITS, limit)
         case.loss(LOSSES[weights], layer=layer)
     assert seen == [10, 10, 3] + [1] * ROWS
-
-
-def peak_bytes(work) -> int:
-    """The most memory that tensors made by `work` took at one time."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 @pytest.mark.parametrize(
