@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_medusa.losses import chunk_plan
 from axolotl_medusa.model.anatomy import embedding_shape, output_embedding
-from axolotl_medusa.model.heads import HeadForm, MedusaHeads, attach_heads
+from axolotl_medusa.model.head_form import HeadForm
+from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.training.objective import HeadLoss, Objective, install_objective
 
 HEADS = 3

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from axolotl_medusa.model.heads import HeadForm, MedusaHeads, attach_heads
+from axolotl_medusa.model.head_form import HeadForm
+from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.model.heads_directory import heads_config, heads_file, heads_meta, without_heads, write_heads
 
 EVAL_METRICS = {"eval_medusa0_top1": 0.62, "eval_medusa1_top1": 0.41, "eval_medusa_acceptance_length": 1.87}

@@ -8,39 +8,16 @@ them, it is head 0's. Heads that choose among a part of the vocabulary have its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from axolotl_medusa.model.anatomy import causal_lm, probe_logits
-
-HeadForm = Literal["separate", "shared", "trained"]
-
-FORM_KEY = "medusa_lm_head"
-"""In a config of heads: names the form where `original_lm_head` alone does not tell it."""
+from axolotl_medusa.model.head_form import TOKEN_MAP, HeadForm
 
 HEADS_NAME = "medusa_heads"
 """Name of the submodule under which heads are attached to the causal LM."""
-
-
-def form_of(config: Mapping[str, Any]) -> HeadForm:
-    """Form of the heads that a `config.json` of a heads directory describes.
-
-    `original_lm_head` tells servers that one output layer follows all heads' blocks; whether that is the model's or one
-    that was trained for the heads, only we ask.
-    """
-    if not config["original_lm_head"]:
-        return "separate"
-    return "trained" if config.get(FORM_KEY) == "trained" else "shared"
-
-
-TOKEN_MAP = "token_map"
-"""Name of the tokens that heads of a draft vocabulary choose among, in the state dict and in the file."""
-
-DRAFT_VOCAB_KEY = "truncated_vocab_size"
-"""In a config of heads: how many these are."""
 
 
 class ResidualBlock(nn.Module):

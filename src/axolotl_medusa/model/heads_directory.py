@@ -26,17 +26,8 @@ from torch import Tensor, nn
 from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, output_embedding
 from axolotl_medusa.model.divided_parameters import fill, gathered, host_copy, is_divided, whole, whole_shape
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
-from axolotl_medusa.model.heads import (
-    DRAFT_VOCAB_KEY,
-    FORM_KEY,
-    HEADS_NAME,
-    TOKEN_MAP,
-    HeadForm,
-    MedusaHeads,
-    attached_heads,
-    check_token_map,
-    form_of,
-)
+from axolotl_medusa.model.head_form import DRAFT_VOCAB_KEY, FORM_KEY, TOKEN_MAP, HeadForm, form_of
+from axolotl_medusa.model.heads import HEADS_NAME, MedusaHeads, attached_heads, check_token_map
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.secrets import without_secrets
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, whole_or_nothing, write_json

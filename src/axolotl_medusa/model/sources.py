@@ -25,7 +25,7 @@ from axolotl_medusa.model.file_names import (
     TORCH_FILE,
     TORCH_INDEX,
 )
-from axolotl_medusa.model.heads import HeadForm, form_of
+from axolotl_medusa.model.head_form import HeadForm, form_of
 from axolotl_medusa.model.heads_directory import open_heads
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.safe_paths import stays_inside

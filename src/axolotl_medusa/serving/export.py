@@ -24,7 +24,7 @@ from axolotl_medusa.model.file_names import (
     META_FILE,
     SHARED_OUTPUT_LAYER,
 )
-from axolotl_medusa.model.heads import TOKEN_MAP
+from axolotl_medusa.model.head_form import TOKEN_MAP
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.secrets import without_secrets
 from axolotl_medusa.model.sources import Source

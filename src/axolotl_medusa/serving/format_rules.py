@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from axolotl_medusa.model.file_names import HEADS_FILE, SHARED_OUTPUT_LAYER
-from axolotl_medusa.model.heads import DRAFT_VOCAB_KEY, FORM_KEY, form_of
+from axolotl_medusa.model.head_form import DRAFT_VOCAB_KEY, FORM_KEY, form_of
 from axolotl_medusa.serving.head_names import HeadTensor
 
 TORCH_HEADS_FILE = "medusa_lm_head.pt"

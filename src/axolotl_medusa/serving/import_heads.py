@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE, SHARED_OUTPUT_LAYER
-from axolotl_medusa.model.heads import FORM_KEY, HeadForm, MedusaHeads
+from axolotl_medusa.model.head_form import FORM_KEY, HeadForm
+from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.model.heads_directory import HeadsFile, heads_config, verify_heads, weight_hash
 from axolotl_medusa.model.json_files import read_json_if_there
 from axolotl_medusa.model.secrets import without_secrets

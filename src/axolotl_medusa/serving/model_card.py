@@ -16,7 +16,7 @@ from typing import Any
 
 from axolotl_medusa.model.checkpoints import checkpoint_step, checkpoints
 from axolotl_medusa.model.file_names import HEADS_FILE, HEADS_FOLDER, STATE_FILE
-from axolotl_medusa.model.heads import HeadForm, form_of
+from axolotl_medusa.model.head_form import HeadForm, form_of
 from axolotl_medusa.model.json_files import read_json
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -12,6 +12,7 @@ from typing import Any
 
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, STATE_FILE
+from axolotl_medusa.model.head_form import DRAFT_VOCAB_KEY, form_of
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.training.args import MedusaArgs
 
@@ -152,21 +153,14 @@ def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
     found = {
         "medusa_num_heads": config.get("medusa_num_heads"),
         "medusa_num_layers": config.get("medusa_num_layers"),
-        "medusa_lm_head": _form_of(config),
-        "medusa_draft_vocab": config.get("truncated_vocab_size"),
+        "medusa_lm_head": form_of(config),
+        "medusa_draft_vocab": config.get(DRAFT_VOCAB_KEY),
     }
     return [
         f"{key} is {getattr(args, key)!r} but the heads in medusa_init_from {args.medusa_init_from} have {value!r}: use the same value"
         for key, value in found.items()
         if key not in bad and value != getattr(args, key)
     ]
-
-
-def _form_of(config: Mapping[str, Any]) -> str:
-    """As `model.heads.form_of`, which needs torch."""
-    if not config["original_lm_head"]:
-        return "separate"
-    return "trained" if config.get("medusa_lm_head") == "trained" else "shared"
 
 
 def _directory_problems(cfg: Mapping[str, Any], key: str, file: str) -> list[str]:
