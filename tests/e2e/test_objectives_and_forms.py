@@ -55,6 +55,7 @@ def test_train_chain_weighted_lk_heads_of_one_trained_layer_and_a_draft_vocabula
     assert json.loads((tmp_path / "second" / "medusa_heads" / "config.json").read_text())["medusa_lm_head"] == "trained"
 
 
+@pytest.mark.long
 def test_train_chain_accumulation_of_single_samples_equals_one_batch(make_yaml, axolotl, tmp_path):
     """A row's weight depends on its own position alone: micro-batch 1 x accumulation 4 = 4 x 1."""
     for name, micro, accumulation in (("a", 1, 4), ("b", 4, 1)):
