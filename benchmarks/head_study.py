@@ -35,7 +35,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 from axolotl_medusa.losses.targets import IGNORE_INDEX, medusa_targets
 from axolotl_medusa.model.anatomy import embedding_shape, output_embedding
-from axolotl_medusa.model.heads import HEADS_NAME, HeadForm, MedusaHeads
+from axolotl_medusa.model.head_form import HeadForm
+from axolotl_medusa.model.heads import HEADS_NAME, MedusaHeads
 from axolotl_medusa.training.objective import Objective, install_objective
 
 DEMO = Path(__file__).parents[1] / ".demo"

@@ -15,14 +15,14 @@ from axolotl_medusa.model.sources import Source, find_source
 from axolotl_medusa.serving.export import export
 
 FORMS = {
-    "vllm": ("shared", "separate"),
-    "tgi": ("shared", "separate"),
+    "vllm": ("shared", "separate", "trained"),
+    "tgi": ("shared", "separate", "trained"),
     "lorax": ("shared",),
-    "fasterdecoding": ("shared", "separate"),
+    "fasterdecoding": ("shared", "separate", "trained"),
     "fasterdecoding-legacy": ("shared",),
     "fasterdecoding-merged": ("shared", "separate"),
-    "tensorrt-llm": ("shared", "separate"),
-    "rtp-llm": ("shared", "separate"),
+    "tensorrt-llm": ("shared", "separate", "trained"),
+    "rtp-llm": ("shared", "separate", "trained"),
     "modelopt": ("shared", "separate"),
 }
 """The forms that each target expresses."""

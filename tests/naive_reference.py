@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor
@@ -36,6 +37,20 @@ def mean_over_counted(losses: list[Tensor], total: int | None = None) -> Tensor:
     return torch.stack(losses).sum() / (total or len(losses)) if losses else torch.zeros(())
 
 
+def naive_chain_weight(logits: Tensor, targets: Tensor, head: int, smoothing: float) -> float:
+    """What head `head`'s log-probability adds to the expected length: the sum over all m >= head of the product up to m."""
+    weight = 0.0
+    for last in range(head, len(targets)):
+        product = 1.0
+        for i in range(last + 1):
+            if targets[i] == IGNORE:
+                product = 0.0
+                break
+            product *= (1 - smoothing) * torch.softmax(logits[i].detach().float(), -1)[targets[i]].item() + smoothing
+        weight += product
+    return weight
+
+
 def naive_loss(
     model,
     heads,
@@ -50,6 +65,8 @@ def naive_loss(
     kl_coefficient=0.0,
     regularization=0.0,
     head_loss="ce",
+    chain_smoothing=None,
+    draft_tokens=None,
     teacher=None,
     scale: float = 1.0,
 ) -> Tensor:
@@ -60,13 +77,17 @@ def naive_loss(
         out = model(**inputs, output_hidden_states=True, use_cache=False)
         hidden, base_logits = out.hidden_states[-1], out.logits
     all_logits = [base_logits]
-    for head in heads:
+    for index, head in enumerate(heads):
         x = hidden
         for block in list(head)[: heads.num_layers]:
             x = x + F.silu(F.linear(x, block.linear.weight, block.linear.bias))
-        logits = F.linear(x, head[-1].weight) if heads.form == "separate" else output_layer(x)
+        logits = (output_layer if heads.form == "shared" else heads[index if heads.form == "separate" else 0][-1])(x)
         logits = logits * scale
-        all_logits.append(cap * torch.tanh(logits / cap) if cap else logits)
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        if draft_tokens is not None:
+            own = logits if logits.shape[-1] == len(draft_tokens) else logits[..., draft_tokens]
+            logits = torch.full_like(base_logits, -torch.inf).index_copy(-1, draft_tokens, own.to(base_logits.dtype))
+        all_logits.append(logits)
     stacked = torch.stack(all_logits)
     targets = naive_targets(labels, num_heads, inputs.get("position_ids"))
     teacher_logits = None
@@ -74,13 +95,19 @@ def naive_loss(
         with torch.no_grad():
             teacher_logits = teacher(**inputs, use_cache=False).logits
     losses: list[list[Tensor]] = [[] for _ in range(num_heads + 1)]
+    numbers = [int((targets[..., column] != IGNORE).sum()) for column in range(num_heads + 1)]
+    if draft_tokens is not None:
+        targets[..., 1:][~torch.isin(targets[..., 1:], draft_tokens)] = IGNORE
     for b in range(labels.shape[0]):
         for t in range(labels.shape[1]):
             for column in range(num_heads + 1):
                 target = targets[b, t, column]
                 if target == IGNORE:
                     continue
-                row = stacked[column, b, t]
+                row, chosen = stacked[column, b, t], slice(None)
+                if column and draft_tokens is not None:
+                    row, chosen = row[draft_tokens], draft_tokens
+                    target = (draft_tokens == target).nonzero().squeeze()
                 one_hot = F.one_hot(target, row.shape[0]).float()
                 if column == 0:
                     own = torch.softmax(row.detach(), -1)
@@ -92,12 +119,19 @@ def naive_loss(
                     loss = F.cross_entropy(row, one_hot)
                 else:
                     taught_by = base_logits if teacher_logits is None else teacher_logits
-                    p = torch.softmax(taught_by[b, t + column].detach(), -1)
-                    loss = (p * (p.log() - torch.log_softmax(row, -1))).sum()
+                    p, q = torch.softmax(taught_by[b, t + column].detach()[chosen], -1), torch.softmax(row, -1)
+                    kl, accepted = (p * (p.log() - torch.log_softmax(row, -1))).sum(), torch.where(q < p, q, p).sum()
+                    share = {"kl": 1.0, "tv": 0.0, "lk": math.exp(-10 * accepted.item())}[head_loss]
+                    loss = share * kl + (1 - share) * (1 - accepted)
+                if column and chain_smoothing is not None:
+                    loss = loss * naive_chain_weight(stacked[1:, b, t], targets[b, t, 1:], column - 1, chain_smoothing)
                 losses[column].append(loss)
     total = torch.zeros(()) if only_heads else mean_over_counted(losses[0])
     for i in range(num_heads):
-        total = total + coefficient * decay ** (i + 1) * mean_over_counted(losses[i + 1])
+        if chain_smoothing is not None:
+            total = total + coefficient * mean_over_counted(losses[i + 1], numbers[1])
+            continue
+        total = total + coefficient * decay ** (i + 1) * mean_over_counted(losses[i + 1], numbers[i + 1])
     return total
 
 

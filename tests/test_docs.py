@@ -45,7 +45,7 @@ def test_table_of_keys_has_every_key_with_default_and_values():
     assert set(rows) == {f"| `{key}`" for key in MedusaArgs.model_fields}
     assert "| required | whole number, at least 1, at most 16 |" in rows["| `medusa_num_heads`"]
     assert "| `1.0`; `0.0` with self-distillation | number, at least 0 |" in rows["| `medusa_lm_coefficient`"]
-    assert "| `ce` | `ce`, `kl`" in rows["| `medusa_head_loss`"]
+    assert "| `ce` | `ce`, `kl`, `tv`, `lk`" in rows["| `medusa_head_loss`"]
 
 
 def test_table_of_renamed_keys_has_every_key():

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from axolotl_medusa.model.heads import HeadForm, MedusaHeads, attach_heads
+from axolotl_medusa.model.head_form import HeadForm
+from axolotl_medusa.model.heads import MedusaHeads, attach_heads
 from axolotl_medusa.model.heads_directory import heads_config, heads_file, heads_meta, without_heads, write_heads
 
 EVAL_METRICS = {"eval_medusa0_top1": 0.62, "eval_medusa1_top1": 0.41, "eval_medusa_acceptance_length": 1.87}
@@ -72,6 +73,7 @@ def write_run(
     num_heads: int = 3,
     num_layers: int = 1,
     yaml: Mapping[str, Any] | None = None,
+    draft_vocab: int | None = None,
 ) -> Path:
     """Writes an output_dir with a checkpoint as training does: heads, and for Medusa-2 what the model became.
 
@@ -84,13 +86,16 @@ def write_run(
         num_heads: Number of heads.
         num_layers: Residual blocks per head.
         yaml: Further keys of the YAML.
+        draft_vocab: Tokens that the heads choose among, None for all.
 
     Returns:
         `directory`.
     """
     rows = model.get_output_embeddings().weight.shape[0]
     assert model.config.get_text_config().hidden_size == HIDDEN and rows >= VOCAB
-    attach_heads(model, randomize(MedusaHeads(HIDDEN, rows, num_heads, num_layers, form), std=0.2))
+    attach_heads(
+        model, randomize(MedusaHeads(HIDDEN, rows, num_heads, num_layers, form, draft_vocab=draft_vocab), std=0.2)
+    )
     heads = heads_file(
         model,
         heads_config(_attached(model), str(base)),

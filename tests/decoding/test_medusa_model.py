@@ -112,6 +112,40 @@ def test_sliding_windows_are_seen_as_plain_decoding_sees_them(family, changes, a
         assert torch.equal(medusa.generate(ids, mask, NEW, tree=tree), expected)
 
 
+def test_draft_logits_of_one_trained_output_layer_are_those_of_its_copies():
+    model, trained = make_model("llama").eval(), random_heads(form="trained")
+    separate = random_heads(form="separate")
+    with torch.no_grad():
+        for head in range(3):
+            separate.output_layer(head).weight.copy_(trained.output_layer(0).weight)
+            separate.blocks(head).load_state_dict(trained.blocks(head).state_dict())
+    hidden = torch.randn(2, 4, trained.hidden_size)
+    found, expected = (MedusaModel(model, heads).draft_logits(hidden, 3) for heads in (trained, separate))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi-lm-head-bias"])
+@pytest.mark.parametrize("form", ["separate", "shared", "trained"])
+def test_heads_of_a_draft_vocabulary_propose_its_tokens_alone_and_decoding_stays_lossless(form, family):
+    model = make_model(family).eval()
+    heads = random_heads(form=form, draft_vocab=40)
+    heads.choose_tokens(torch.arange(VOCAB)[2:122:3])
+    medusa = MedusaModel(model, heads)
+    hidden = torch.randn(2, heads.hidden_size)
+    logits = medusa.draft_logits(hidden, 3)
+    assert logits.shape == (2, 3, VOCAB)
+    outside = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, heads.token_map, False)
+    assert bool(torch.isneginf(logits[..., outside]).all()) and bool(logits[..., ~outside].isfinite().all())
+    for head in range(3):
+        layer = heads.output_layer(head)
+        own = model.get_output_embeddings()(heads.hidden(head, hidden))[:, heads.token_map] if layer is None else None
+        expected = own if layer is None else layer(heads.hidden(head, hidden))
+        torch.testing.assert_close(logits[:, head, heads.token_map], expected, rtol=1e-5, atol=1e-5)
+    ids, mask = prompts()
+    for tree in (None, "chain"):
+        assert torch.equal(medusa.generate(ids, mask, NEW, tree=tree), plain(model, ids, mask))
+
+
 def test_adapters_stay_unmerged_and_are_decoded_with():
     model = add_lora(make_model("llama")).eval()
     ids, mask = prompts()
@@ -119,7 +153,7 @@ def test_adapters_stay_unmerged_and_are_decoded_with():
     with model.disable_adapter():
         assert not torch.equal(plain(model, ids, mask), expected)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    for form in ("separate", "shared"):
+    for form in ("separate", "shared", "trained"):
         medusa = MedusaModel(model, random_heads(form=form))
         assert torch.equal(medusa.generate(ids, mask, NEW), expected)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

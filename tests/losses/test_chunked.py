@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from conftest import DEVICE
-from loss_cases import ATOL, HIDDEN, LOSSES, ROWS, RTOL, VOCAB, output_layer
+from loss_cases import ATOL, HIDDEN, LOSSES, ROWS, RTOL, VOCAB, output_layer, peak_bytes
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -48,11 +48,11 @@ class Case:
 
     def loss(self, weights=None, *, accuracies=None, layer=None, **options):
         weights = weights or LossWeights()
-        every_row = torch.arange(len(self.targets), device=DEVICE) if weights.kl else None
+        every_row = torch.arange(len(self.targets), device=DEVICE) if weights.needs_teacher else None
         prediction = Prediction(
             self.hidden, self.targets, layer or self.layer, weights, self.scale, every_row, accuracies
         )
-        loss, (result,) = chunked_loss([prediction], self.teacher if weights.kl else None, **options)
+        loss, (result,) = chunked_loss([prediction], self.teacher if weights.needs_teacher else None, **options)
         return loss, result
 
     @property
@@ -75,7 +75,7 @@ def test_chunked_loss_equals_the_reference_of_all_rows(name, bias, mode, chunk_r
     case.hidden.requires_grad_(trained != "parameters")
     case.linear.requires_grad_(trained != "hidden")
     logits = case.linear(case.hidden)
-    teacher_logits = case.teacher_logits if weights.kl else None
+    teacher_logits = case.teacher_logits if weights.needs_teacher else None
     expected, sums, _ = reference_loss(logits, case.targets, teacher_logits, weights)
     gradients = torch.autograd.grad(2.5 * 0.3 * expected, case.wanted)
     loss, result = case.loss(weights, chunk_rows=chunk_rows, accuracies=Accuracies(3), **MODES[mode])
@@ -283,23 +283,6 @@ def test_chunked_loss_default_chunk_keeps_chunk_logits(weights, monkeypatch):
     assert seen == [10, 10, 3] + [1] * ROWS
 
 
-def peak_bytes(work) -> int:
-    """The most memory that tensors made by `work` took at one time."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 @pytest.mark.parametrize(
     ("options", "weights", "chunks"),
     [({}, "ce", 1.5), ({}, "kl", 6), (dict(bias=True), "ce", 4), (dict(bias=True), "all-terms", 8)],
@@ -352,8 +335,10 @@ def test_chunked_loss_in_bf16_is_no_further_from_fp32_than_plain_bf16(name, bias
     exact_teacher = (
         case.teacher_hidden.float() @ case.teacher_linear.weight.float().T + case.teacher_linear.bias.float()
     )
-    reference, _, _ = reference_loss(F.linear(*exact), case.targets, exact_teacher if weights.kl else None, weights)
-    plain_teacher = case.teacher_logits if weights.kl else None
+    reference, _, _ = reference_loss(
+        F.linear(*exact), case.targets, exact_teacher if weights.needs_teacher else None, weights
+    )
+    plain_teacher = case.teacher_logits if weights.needs_teacher else None
     plain, _, _ = reference_loss(case.linear(case.hidden), case.targets, plain_teacher, weights)
     ours, _ = case.loss(weights, chunk_rows=chunk_rows, **MODES[mode])
     assert (ours - reference).abs() <= (plain - reference).abs() + 2**-9 * reference.abs()

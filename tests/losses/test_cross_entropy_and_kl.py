@@ -7,7 +7,7 @@ import torch
 from loss_cases import ATOL, LOSSES, ROWS, RTOL, VOCAB
 from torch.nn import functional as F
 
-from axolotl_medusa.losses.cross_entropy_and_kl import LossWeights, is_top_token, reference_loss, top_k_hits
+from axolotl_medusa.losses.cross_entropy_and_kl import LK_DECAY, LossWeights, is_top_token, reference_loss, top_k_hits
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -21,6 +21,9 @@ def test_reference_loss_equals_the_plain_formulas_and_their_gradient(name):
     soft = weights.own_softmax * q + (1 - weights.own_softmax) * one_hot
     expected_kl = (p * (p.log() - q.log())).sum()
     expected = weights.cross_entropy * -(soft * q.log()).sum() + weights.kl * expected_kl
+    tv, kl_of_row = 0.5 * (p - q).abs().sum(-1, keepdim=True), (p * (p.log() - q.log())).sum(-1, keepdim=True)
+    share = torch.exp(-LK_DECAY * (1 - tv))
+    expected += (weights.tv * tv + weights.lk * (share * kl_of_row + (1 - share) * tv)).sum()
     torch.testing.assert_close(loss.detach(), expected, rtol=RTOL, atol=ATOL)
     assert torch.equal(sums.loss, loss.detach())
     torch.testing.assert_close(
@@ -29,7 +32,9 @@ def test_reference_loss_equals_the_plain_formulas_and_their_gradient(name):
     torch.testing.assert_close(sums.kl, expected_kl, rtol=RTOL, atol=ATOL)
     assert not any(each.requires_grad for each in (sums.loss, sums.cross_entropy, sums.kl))
     loss.backward()
-    gradient = weights.cross_entropy * (q - soft) + weights.kl * (q - p)
+    gradient = weights.cross_entropy * (q - soft) + (weights.kl + weights.lk * share) * (q - p)
+    below = (q < p).float()
+    gradient += (weights.tv + weights.lk * (1 - share)) * q * ((q * below).sum(-1, keepdim=True) - below)
     torch.testing.assert_close(logits.grad, gradient, rtol=RTOL, atol=ATOL)
 
 

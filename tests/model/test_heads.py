@@ -50,7 +50,7 @@ def test_residual_block_starts_as_the_identity():
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("form", ["separate", "shared"])
+@pytest.mark.parametrize("form", ["separate", "shared", "trained"])
 def test_heads_state_dict_has_exactly_the_canonical_names_and_shapes(form, num_layers):
     num_heads = 3
     expected = {}
@@ -58,7 +58,7 @@ def test_heads_state_dict_has_exactly_the_canonical_names_and_shapes(form, num_l
         for j in range(num_layers):
             expected[f"{i}.{j}.linear.weight"] = (HIDDEN, HIDDEN)
             expected[f"{i}.{j}.linear.bias"] = (HIDDEN,)
-        if form == "separate":
+        if form == "separate" or (form == "trained" and i == 0):
             expected[f"{i}.{num_layers}.weight"] = (VOCAB, HIDDEN)
     heads = MedusaHeads(HIDDEN, VOCAB, num_heads, num_layers, form)
     assert {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()} == expected
@@ -110,6 +110,13 @@ def test_start_output_layers_copies_the_weight_into_each_head():
     assert all(torch.equal(layer, weight) and layer.is_leaf and layer.requires_grad for layer in layers)
     assert len({tensor.data_ptr() for tensor in (weight, *layers)}) == 4
     MedusaHeads(HIDDEN, VOCAB, 3, form="shared").start_output_layers_from(weight)  # nothing to start
+    trained = MedusaHeads(HIDDEN, VOCAB, 3, form="trained")
+    trained.start_output_layers_from(weight)
+    (layer,) = trained.output_layers()
+    assert torch.equal(layer.weight, weight) and all(trained.output_layer(i) is layer for i in range(3))
+    assert (
+        len(trained) == 3 and sum(p.numel() for p in trained.parameters()) == 3 * HIDDEN * (HIDDEN + 1) + VOCAB * HIDDEN
+    )
 
 
 @pytest.mark.parametrize("adapter", [None, "body", "lm_head"])

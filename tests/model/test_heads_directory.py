@@ -28,6 +28,7 @@ from axolotl_medusa.model.heads_directory import (
     heads_meta,
     lm_head_hash,
     load_into,
+    open_heads,
     read_heads,
     verify_heads,
     without_heads,
@@ -53,7 +54,7 @@ def head_logits(heads, output_layer, hidden):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "trained"])
 def test_heads_written_and_read_have_bitwise_equal_logits(form, num_layers, dtype, tmp_path):
     model, heads, file = build(form, num_layers=num_layers, dtype=dtype)
     write_heads(tmp_path / "new" / "medusa_heads", file)
@@ -70,6 +71,55 @@ def test_heads_written_and_read_have_bitwise_equal_logits(form, num_layers, dtyp
     attach_heads(model, fresh)
     load_into(model, read.tensors)
     assert torch.equal(head_logits(fresh, model.lm_head, hidden), head_logits(heads, model.lm_head, hidden))
+
+
+def test_config_of_one_trained_output_layer_is_what_vllm_reads_and_names_the_form():
+    _, _, file = build("trained", num_layers=2)
+    assert {key: file.config[key] for key in ("original_lm_head", "medusa_lm_head", "version")} == {
+        "original_lm_head": True,  # one output layer follows all blocks: vLLM finds it as lm_heads.0
+        "medusa_lm_head": "trained",
+        "version": "1",
+    }
+    outputs = {name: tuple(tensor.shape) for name, tensor in file.tensors.items() if "linear" not in name}
+    assert outputs == {"0.2.weight": (VOCAB, HIDDEN)}
+
+
+@pytest.mark.parametrize("form", [*FORMS, "trained"])
+def test_heads_of_a_draft_vocabulary_are_written_and_read_with_their_tokens(form, tmp_path):
+    model = make_model()
+    heads = randomize(MedusaHeads(HIDDEN, VOCAB, 2, form=form, draft_vocab=20))
+    heads.choose_tokens(torch.arange(VOCAB)[3:123:6])
+    attach_heads(model, heads)
+    file = heads_file(model, heads_config(heads, "org/base"), heads_meta(model, "medusa-1", {}))
+    assert file.config["truncated_vocab_size"] == 20 and file.config["vocab_size"] == VOCAB
+    write_heads(tmp_path, file)
+    read = read_heads(tmp_path).build()
+    assert torch.equal(read.token_map, heads.token_map)
+    assert all(torch.equal(tensor, heads.state_dict()[name]) for name, tensor in read.state_dict().items())
+    rows = [tuple(layer.weight.shape) for layer in read.output_layers()]
+    assert rows == [(20, HIDDEN)] * {"separate": 2, "trained": 1, "shared": 0}[form]
+    attach_heads(model, MedusaHeads(HIDDEN, VOCAB, 2, form=form, draft_vocab=20))
+    load_into(model, open_heads(tmp_path))
+    assert torch.equal(model.medusa_heads.token_map, heads.token_map)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [[1, 1, 2], [2, 1, 3], [-1, 2, 3], [1, 2, VOCAB], [1, 2]],
+    ids=["twice", "not-ascending", "negative", "beyond", "too-few"],
+)
+def test_token_map_that_is_no_part_of_the_vocabulary_is_refused(tokens, tmp_path):
+    """Every index into a vocabulary is taken from it."""
+    model = make_model()
+    attach_heads(model, MedusaHeads(HIDDEN, VOCAB, 1, draft_vocab=3))
+    heads = model.medusa_heads
+    file = heads_file(model, heads_config(heads, "org/base"), heads_meta(model, "medusa-1", {}))
+    file.tensors["token_map"] = torch.tensor(tokens)
+    write_heads(tmp_path, file)
+    with pytest.raises(ValueError, match="token_map"):
+        read_heads(tmp_path)
+    with pytest.raises(ValueError, match="token_map"):
+        load_into(model, file.tensors)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -15,14 +15,17 @@ from conftest import HIDDEN, VOCAB, make_model
 from exports import CASES, FORMS, HEADS, IN_MODEL_FILES, edit_json, exported, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from training_outputs import as_torch_files, write_run
+from training_outputs import as_torch_files, save_base, write_run
 from transformers import AutoModelForCausalLM
 
 from axolotl_medusa.decoding.medusa_model import MedusaModel
+from axolotl_medusa.model.heads import MedusaHeads
+from axolotl_medusa.model.heads_directory import heads_config
 from axolotl_medusa.model.sources import find_source
 from axolotl_medusa.model.tensor_files import TensorFiles
 from axolotl_medusa.serving import export as export_module
 from axolotl_medusa.serving.export import export
+from axolotl_medusa.serving.format_rules import TARGETS, refusal
 from axolotl_medusa.serving.import_heads import import_heads
 
 LISTINGS = Path(__file__).parents[1] / "data" / "export_listings"
@@ -67,6 +70,22 @@ def test_export_has_the_files_tensors_and_keys_of_its_listing(name, tmp_path):
     if os.environ.get("UPDATE_LISTINGS"):
         file.write_text(found)
     assert found == file.read_text()
+
+
+@pytest.mark.parametrize("target", FORMS)
+def test_heads_of_a_draft_vocabulary_with_output_layers_of_their_own_are_refused(target):
+    heads = MedusaHeads(HIDDEN, VOCAB, HEADS.get(target, 3), form="trained", draft_vocab=40)
+    served = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": HIDDEN}
+    line = refusal(TARGETS[target], heads_config(heads, "org/base"), served, "out", head_has_bias=False)
+    assert line.startswith("found heads that choose among 40 tokens, expected the whole vocabulary")
+
+
+def test_shared_heads_of_a_draft_vocabulary_are_exported_as_choosing_among_all_tokens(tmp_path):
+    model, base = make_model(), save_base(tmp_path / "base", make_model())
+    run = write_run(tmp_path / "run", model, "medusa-1", base, "shared", draft_vocab=40)
+    export(find_source(run), "vllm", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert "token_map" not in tensors and len(tensors["lm_heads.0.weight"]) == VOCAB
 
 
 def test_every_listing_is_of_a_test():

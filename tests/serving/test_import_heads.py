@@ -63,7 +63,7 @@ def test_round_trip_of_merged_medusa_2_is_bitwise(target, adapter, tmp_path):
     same(tmp_path / "back", source.heads_dir)
 
 
-@pytest.mark.parametrize("form", ["shared", "separate"])
+@pytest.mark.parametrize("form", ["shared", "separate", "trained"])
 def test_canonical_directory_is_imported_as_it_is(form, tmp_path):
     source = trained(tmp_path, form=form)
     import_heads(source.heads_dir, tmp_path / "out")

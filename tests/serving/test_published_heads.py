@@ -18,7 +18,8 @@ from torch import Tensor
 from training_outputs import save_base
 
 from axolotl_medusa.cli import main
-from axolotl_medusa.model.heads import HeadForm, MedusaHeads
+from axolotl_medusa.model.head_form import HeadForm
+from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.model.heads_directory import read_heads
 
 HIDDEN_STATES = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))

@@ -41,6 +41,7 @@ vLLM's counting of drafts past an answer's end (at most NUM_HEADS of the drafts 
 RECIPES: dict[str, dict[str, Any]] = {
     "medusa-1-shared": {"medusa_lm_head": "shared"},
     "medusa-1-separate": {"medusa_lm_head": "separate"},
+    "medusa-1-trained": {"medusa_lm_head": "trained", "medusa_head_loss": "kl", "medusa_head_weighting": "chain"},
     "medusa-2-shared": {"medusa_lm_head": "shared", "learning_rate": 5e-4},
     "medusa-2-separate": {"medusa_lm_head": "separate", "learning_rate": 5e-4},
 }

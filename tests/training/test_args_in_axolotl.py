@@ -20,6 +20,15 @@ RECIPES = {
         "medusa_head_loss": "kl",
         "medusa_lm_head": "shared",
     },
+    "medusa-1-lk-chain": {
+        "medusa_num_heads": 3,
+        "medusa_only_heads": True,
+        "medusa_head_loss": "lk",
+        "medusa_head_weighting": "chain",
+        "medusa_chain_smoothing": 0.2,
+        "medusa_lm_head": "trained",
+        "medusa_draft_vocab": 8192,
+    },
     "medusa-1-hidden-cache": {
         "medusa_num_heads": 3,
         "medusa_only_heads": True,

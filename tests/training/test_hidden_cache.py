@@ -271,7 +271,7 @@ def backbone_runs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head_loss", ["ce", "kl"])
+@pytest.mark.parametrize("head_loss", ["ce", "kl", "lk"])
 @pytest.mark.parametrize("form", ["shared", "separate"])
 def test_objective_of_given_rows_is_bitwise_that_of_the_backbone(rows, backbone_runs, form, head_loss, dtype):
     model = build(form, head_loss, dtype=dtype)

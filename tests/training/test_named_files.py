@@ -67,6 +67,11 @@ def test_config_problems_init_from_without_heads_is_an_error(removed, tmp_path):
         ({"medusa_num_heads": 4}, "medusa_num_heads is 3 but the heads in medusa_init_from {} have 4"),
         ({"medusa_num_layers": 2}, "medusa_num_layers is 1 but the heads in medusa_init_from {} have 2"),
         ({"original_lm_head": True}, "medusa_lm_head is 'separate' but the heads in medusa_init_from {} have 'shared'"),
+        (
+            {"original_lm_head": True, "medusa_lm_head": "trained"},
+            "medusa_lm_head is 'separate' but the heads in medusa_init_from {} have 'trained'",
+        ),
+        ({"truncated_vocab_size": 500}, "medusa_draft_vocab is None but the heads in medusa_init_from {} have 500"),
     ],
 )
 def test_config_problems_init_from_other_heads_is_an_error(saved, message, tmp_path):

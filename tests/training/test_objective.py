@@ -48,6 +48,7 @@ def build(
     num_layers=1,
     lora: str | None = None,
     only_heads=False,
+    draft=False,
     **model_changes,
 ):
     """A model with heads that are no longer at their zero start, and the same in plain pieces for the reference."""
@@ -59,7 +60,9 @@ def build(
         model = get_peft_model(
             model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
         )
-    heads = MedusaHeads(HIDDEN, VOCAB, num_heads, num_layers, form)
+    heads = MedusaHeads(HIDDEN, VOCAB, num_heads, num_layers, form, draft_vocab=VOCAB // 2 if draft else None)
+    if draft:
+        heads.choose_tokens(torch.arange(VOCAB)[1::2])
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -81,6 +84,8 @@ CASES = {
     "medusa1-separate": dict(only_heads=True),
     "medusa1-shared": dict(only_heads=True, form="shared"),
     "medusa1-kl": dict(only_heads=True, head_loss="kl"),
+    "medusa1-tv": dict(only_heads=True, head_loss="tv"),
+    "medusa1-lk-shared-packed": dict(only_heads=True, head_loss="lk", form="shared", packed=True),
     "medusa1-two-layers": dict(only_heads=True, num_layers=2, num_heads=2),
     "medusa1-one-head": dict(only_heads=True, num_heads=1),
     "medusa1-five-heads-packed": dict(only_heads=True, num_heads=5, packed=True),
@@ -101,6 +106,38 @@ CASES = {
     "medusa2-distil-kl-heads": dict(
         lora="lm_head", lm_coefficient=0.0, kl_coefficient=1.0, head_loss="kl", num_heads=2
     ),
+    "medusa2-tv-lm-head-packed": dict(lora="lm_head", head_loss="tv", packed=True),
+    "medusa2-distil-lk-heads": dict(
+        lora="lm_head", lm_coefficient=0.0, kl_coefficient=1.0, head_loss="lk", form="shared"
+    ),
+    "medusa1-draft-separate": dict(only_heads=True, draft=True),
+    "medusa1-draft-shared-packed": dict(only_heads=True, form="shared", draft=True, packed=True),
+    "medusa1-draft-trained-chain": dict(only_heads=True, form="trained", draft=True, chain_smoothing=0.4),
+    "medusa1-draft-trained-lk-chain": dict(
+        only_heads=True, form="trained", draft=True, head_loss="lk", chain_smoothing=0.5
+    ),
+    "medusa2-draft-shared-full": dict(form="shared", draft=True, head_loss="kl"),
+    "medusa2-draft-distil-kl-heads": dict(
+        lora="lm_head", lm_coefficient=0.5, kl_coefficient=1.0, head_loss="kl", form="shared", draft=True
+    ),
+    "gemma2-draft-shared": dict(family="gemma2-softcap", only_heads=True, cap=0.5, form="shared", draft=True),
+    "phi-bias-draft-shared": dict(family="phi-lm-head-bias", form="shared", draft=True),
+    "medusa1-trained": dict(only_heads=True, form="trained"),
+    "medusa1-trained-chain-packed": dict(only_heads=True, form="trained", chain_smoothing=0.5, packed=True),
+    "medusa2-trained-lm-head-lk": dict(lora="lm_head", form="trained", head_loss="lk"),
+    "medusa1-chain": dict(only_heads=True, chain_smoothing=0.5),
+    "medusa1-chain-shared-packed-five": dict(
+        only_heads=True, form="shared", chain_smoothing=0.1, packed=True, num_heads=5
+    ),
+    "medusa1-chain-kl-packed": dict(only_heads=True, head_loss="kl", chain_smoothing=0.5, packed=True, num_heads=4),
+    "medusa2-chain-exact": dict(chain_smoothing=0.0),
+    "medusa2-chain-lm-head-shared": dict(lora="lm_head", form="shared", chain_smoothing=0.3),
+    "medusa2-chain-distil-lk-heads": dict(
+        lora="lm_head", lm_coefficient=0.5, kl_coefficient=1.0, head_loss="lk", chain_smoothing=0.5, packed=True
+    ),
+    "gemma2-softcap-chain-tv": dict(
+        family="gemma2-softcap", only_heads=True, cap=0.5, head_loss="tv", chain_smoothing=0.5
+    ),
     "gemma2-softcap": dict(family="gemma2-softcap", form="shared", cap=0.5),
     "gemma2-softcap-medusa1": dict(family="gemma2-softcap", only_heads=True, cap=0.5, head_loss="kl"),
     "phi-bias": dict(family="phi-lm-head-bias", form="shared"),
@@ -115,7 +152,9 @@ def test_objective_values_and_gradients_equal_the_naive_reference(case, recomput
     options = dict(CASES[case])
     packed, cap, scale = options.pop("packed", False), options.pop("cap", None), options.pop("scale", 1.0)
     loss_options = {
-        k: options.pop(k) for k in ("lm_coefficient", "kl_coefficient", "regularization", "head_loss") if k in options
+        k: options.pop(k)
+        for k in ("lm_coefficient", "kl_coefficient", "regularization", "head_loss", "chain_smoothing")
+        if k in options
     }
     model, heads, teacher = build(**options)
     labels, inputs = batch(packed)
@@ -130,6 +169,7 @@ def test_objective_values_and_gradients_equal_the_naive_reference(case, recomput
         only_heads=only_heads,
         teacher=teacher if loss_options.get("kl_coefficient") else None,
         scale=scale,
+        draft_tokens=heads.token_map,
         **loss_options,
     )
     expected_gradients = gradients(model, expected)
@@ -139,6 +179,8 @@ def test_objective_values_and_gradients_equal_the_naive_reference(case, recomput
         kl_coefficient=loss_options.get("kl_coefficient", 0.0),
         distillation_regularization=loss_options.get("regularization", 0.0),
         head_loss=loss_options.get("head_loss", "ce"),
+        head_weighting="chain" if "chain_smoothing" in loss_options else "decay",
+        chain_smoothing=loss_options.get("chain_smoothing", 0.5),
     )
     install_objective(model, objective)
     monkeypatch.setattr(chunked, "_is_whole", lambda _: not recompute)
@@ -159,10 +201,11 @@ def test_objective_values_and_gradients_equal_the_naive_reference(case, recomput
     assert moved == trainable
 
 
+@pytest.mark.parametrize("weighting", ["decay", "chain"])
 @pytest.mark.parametrize("only_heads", [True, False], ids=["medusa1", "medusa2"])
-def test_objective_packed_batch_has_the_loss_and_gradients_of_the_same_samples_padded(only_heads):
+def test_objective_packed_batch_has_the_loss_and_gradients_of_the_same_samples_padded(only_heads, weighting):
     model, heads, _ = build(only_heads=only_heads, num_heads=4)
-    install_objective(model, Objective(only_heads=only_heads))
+    install_objective(model, Objective(only_heads=only_heads, head_weighting=weighting))
     labels, packed = batch(packed=True)
     lengths = (10, 3, SEQ - 13)
     ids = torch.zeros(3, max(lengths), dtype=torch.long)
@@ -201,9 +244,10 @@ def test_objective_hands_the_bounds_of_packed_samples_to_every_layer(only_heads)
     assert torch.equal(loss, model(labels=labels, **inputs).loss)
 
 
-def test_objective_four_micro_batches_with_step_counts_equal_one_batch():
+@pytest.mark.parametrize("weighting", ["decay", "chain"])
+def test_objective_four_micro_batches_with_step_counts_equal_one_batch(weighting):
     model, heads, _ = build(num_heads=3)
-    install_objective(model, Objective())
+    install_objective(model, Objective(head_weighting=weighting))
     generator = torch.Generator(DEVICE).manual_seed(3)
     labels = torch.randint(3, VOCAB, (4, SEQ), generator=generator)
     ids = labels.clone()
@@ -277,6 +321,27 @@ def test_objective_metrics_equal_the_naive_acceptance_length_and_accuracies():
     assert "medusa2_loss" in metrics and "medusa3_loss" not in metrics
 
 
+@pytest.mark.parametrize("form", ["shared", "trained"])
+def test_objective_of_a_draft_vocabulary_counts_what_it_lacks_as_misses_in_an_evaluation_too(form):
+    model, heads, _ = build(only_heads=True, form=form, draft=True)
+    model = model.bfloat16()
+    heads.float()
+    install_objective(model, Objective(only_heads=True, logging_topk=2))
+    labels, inputs = batch(packed=False)
+    heads_rows = [int(target_counts(labels, 3)[head + 1]) for head in range(3)]
+    for training in (True, False):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            sums = model(**inputs, labels=labels).metric_sums
+        names = metric_names(3, Objective(only_heads=True, logging_topk=2))
+        metrics = dict(zip(names, sums.tolist(), strict=True))
+        for head, rows in enumerate(heads_rows):
+            learnt = metrics[f"medusa{head}_loss"][1]
+            assert 0 < learnt < rows == metrics[f"medusa{head}_top1"][1]
+            assert metrics[f"medusa{head}_top1"][0] <= learnt
+            assert training or metrics[f"medusa{head}_top2"][1] == rows
+
+
 def test_objective_without_labels_is_the_models_own_forward():
     model, heads, teacher = build()
     install_objective(model, Objective())
@@ -284,8 +349,21 @@ def test_objective_without_labels_is_the_models_own_forward():
     torch.testing.assert_close(model(**inputs).logits, teacher(**inputs).logits, rtol=0, atol=0)
 
 
+BF16_CASES = [
+    "medusa2-full-shared-kl",
+    "medusa2-distil-lm-head-both-terms",
+    "medusa1-separate",
+    "medusa1-tv",
+    "medusa2-distil-lk-heads",
+    "medusa1-chain",
+    "medusa1-trained",
+    "medusa1-draft-trained-chain",
+    "medusa2-chain-lm-head-shared",
+]
+
+
 @pytest.mark.parametrize("multiplies_bf16", [True, False], ids=["in-bf16", "in-fp32"])
-@pytest.mark.parametrize("case", ["medusa2-full-shared-kl", "medusa2-distil-lm-head-both-terms", "medusa1-separate"])
+@pytest.mark.parametrize("case", BF16_CASES)
 def test_objective_in_bf16_autocast_is_no_further_from_fp32_than_the_naive_reference(
     case, multiplies_bf16, monkeypatch
 ):
@@ -300,18 +378,22 @@ def test_objective_in_bf16_autocast_is_no_further_from_fp32_than_the_naive_refer
     monkeypatch.setattr(chunked, "gradient_in_place", watched)
     options = dict(CASES[case])
     packed = options.pop("packed", False)
-    loss_options = {k: options.pop(k) for k in ("lm_coefficient", "kl_coefficient", "head_loss") if k in options}
+    names = ("lm_coefficient", "kl_coefficient", "head_loss", "chain_smoothing")
+    loss_options = {k: options.pop(k) for k in names if k in options}
     model, heads, teacher = build(**options)
     labels, inputs = batch(packed)
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     arguments = dict(
-        only_heads=options.get("only_heads", False), teacher=teacher if "kl_coefficient" in loss_options else None
+        only_heads=options.get("only_heads", False),
+        draft_tokens=heads.token_map,
+        teacher=teacher if "kl_coefficient" in loss_options else None,
     )
     exact = gradients(model, naive_loss(lm, heads, None, labels, inputs, **arguments, **loss_options))
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         naive = naive_loss(lm, heads, None, labels, inputs, **arguments, **loss_options)
     naive_gradients = gradients(model, naive)
-    objective = Objective(only_heads=arguments["only_heads"], **dict(loss_options.items()))
+    weighting = "chain" if "chain_smoothing" in loss_options else "decay"
+    objective = Objective(only_heads=arguments["only_heads"], head_weighting=weighting, **loss_options)
     install_objective(model, objective)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = model(**inputs, labels=labels, medusa_coefficient=0.2)

@@ -51,6 +51,8 @@ def trainable(model):
         ("medusa_self_distillation", True),
         ("medusa_distillation_regularization", 0.5),
         ("medusa_head_loss", "kl"),
+        ("medusa_head_weighting", "chain"),
+        ("medusa_chain_smoothing", 0.1),
         ("medusa_logging", False),
         ("medusa_logging_topk", 3),
     ],

@@ -21,6 +21,21 @@ def test_config_problems_value_of_the_wrong_kind_is_an_error(key, value):
     assert any(key in line for line in problems(**{key: value}))
 
 
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"medusa_chain_smoothing": 0.1}, "medusa_chain_smoothing is 0.1 with medusa_head_weighting: decay"),
+        (
+            {"medusa_decay_coefficient": 0.7, "medusa_head_weighting": "chain"},
+            "medusa_decay_coefficient is 0.7 with medusa_head_weighting: chain",
+        ),
+    ],
+)
+def test_config_problems_key_of_the_other_weighting_is_an_error(keys, line):
+    assert problems(**keys) == [f"{line}, which does not use it; remove one of the two"]
+    assert problems(medusa_head_weighting="chain", medusa_chain_smoothing=0.1) == []
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "sine", "sine_0.5", "sine_.25", "sine_1"])
 def test_config_problems_known_schedule_is_accepted(schedule):
     assert problems(medusa_scheduler=schedule) == []

@@ -58,6 +58,7 @@ class MedusaModel:
         weight = frozen_output_embedding(self._lm_head).weight
         dtype = weight.dtype if weight.is_floating_point() else causal_lm(base_model).dtype
         self.heads = heads.to(device=weight.device, dtype=dtype).eval()
+        self._lm_head_rows: tuple[Tensor, Tensor | None] | None = None
         self._transform = logit_transform(causal_lm(base_model).config)
         self._compile_backend = "inductor"
         self._clock = time.perf_counter
@@ -142,9 +143,33 @@ class MedusaModel:
         hidden = hidden.to(next(self.heads.parameters()).device)
         blocks = [self.heads.hidden(index, hidden) for index in range(num_heads)]
         if self.heads.form == "shared":
-            return cast(Tensor, self._lm_head(torch.stack(blocks, -2)))
+            return self._over_all_tokens(self._shared_logits(torch.stack(blocks, -2)))
+        if self.heads.form == "trained":
+            return self._over_all_tokens(cast(nn.Linear, self.heads.output_layer(0))(torch.stack(blocks, -2)))
         layers = [cast(nn.Linear, self.heads.output_layer(index)) for index in range(num_heads)]
-        return torch.stack([layer(block) for layer, block in zip(layers, blocks, strict=True)], -2)
+        return self._over_all_tokens(
+            torch.stack([layer(block) for layer, block in zip(layers, blocks, strict=True)], -2)
+        )
+
+    def _shared_logits(self, hidden: Tensor) -> Tensor:
+        """What the model's output layer says of the tokens that heads choose among, `[..., tokens]`."""
+        tokens = self.heads.token_map
+        if tokens is None or type(self._lm_head) is not nn.Linear:
+            logits = cast(Tensor, self._lm_head(hidden))
+            return logits if tokens is None else logits[..., tokens]
+        if self._lm_head_rows is None:
+            bias = self._lm_head.bias
+            self._lm_head_rows = (self._lm_head.weight[tokens], None if bias is None else bias[tokens])
+        return nn.functional.linear(hidden, *self._lm_head_rows)
+
+    def _over_all_tokens(self, logits: Tensor) -> Tensor:
+        """Logits over the whole vocabulary: of tokens that heads do not choose among, minus infinity."""
+        tokens = self.heads.token_map
+        if tokens is None:
+            return logits
+        spread = logits.new_full((*logits.shape[:-1], self.heads.vocab_size), -torch.inf)
+        spread[..., tokens] = logits
+        return spread
 
     def tree(self, tree: Tree | str | Path | None = None) -> Tree:
         """The tree that an argument means: itself, what `named_tree` knows, or by default `default_tree`.

@@ -280,7 +280,8 @@ def losses_of(plan: Plan) -> float:
     if sharded:
         bytes_ += 12 * logits  # every chunk is differentiated by autograd, which keeps copies
     if plan.half and plan.head_bits == 32 and plan.engine == "ddp" and not plan.shared:
-        bytes_ += a * plan.sizes.output  # an output layer in the type that is multiplied in
+        layers = plan.own_output_layers if plan.chain else 1  # whose gradients wait for each other
+        bytes_ += a * plan.one_own_output * layers  # output layers in the type that is multiplied in
     return bytes_
 
 

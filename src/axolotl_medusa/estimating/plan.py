@@ -47,7 +47,7 @@ class Plan:
         heads: Number of heads.
         blocks: Residual blocks of each.
         shared: Whether heads reuse lm_head.
-        teacher: Whether the loss has a divergence from a teacher.
+        teacher: Whether the loss has a distance from a teacher.
         self_distillation: Whether that teacher is a second forward of the backbone.
         adapter: Parameters of LoRA, 0 without an adapter.
         rank: Its rank.
@@ -64,6 +64,9 @@ class Plan:
         masked: Whether attention is given a mask of all pairs of tokens.
         bucket: Elements of DeepSpeed's bucket of gradients.
         overlap: Whether DeepSpeed has two of them.
+        chain: Whether the heads' losses are weighted as a chain.
+        one_output: Whether the heads have one output layer together.
+        draft_vocab: Tokens that the heads choose among, 0 for all.
     """
 
     sizes: ModelSizes
@@ -94,6 +97,9 @@ class Plan:
     masked: bool = False
     bucket: int = 0
     overlap: bool = False
+    chain: bool = False
+    one_output: bool = False
+    draft_vocab: int = 0
 
     @property
     def tokens(self) -> int:
@@ -103,7 +109,19 @@ class Plan:
     @property
     def own_outputs(self) -> int:
         """Parameters of the heads' own output layers."""
-        return 0 if self.shared else self.heads * self.sizes.output
+        return self.own_output_layers * self.one_own_output
+
+    @property
+    def one_own_output(self) -> int:
+        """Parameters of one of them."""
+        return self.sizes.hidden * self.draft_vocab if self.draft_vocab else self.sizes.output
+
+    @property
+    def own_output_layers(self) -> int:
+        """How many output layers are the heads'."""
+        if self.shared:
+            return 0
+        return 1 if self.one_output else self.heads
 
     @property
     def head_parameters(self) -> int:
@@ -219,7 +237,10 @@ def plan_of(
         heads=args.medusa_num_heads,
         blocks=args.medusa_num_layers,
         shared=args.medusa_lm_head == "shared",
-        teacher=args.medusa_self_distillation or args.medusa_head_loss == "kl",
+        teacher=args.medusa_self_distillation or args.medusa_head_loss != "ce",
+        draft_vocab=args.medusa_draft_vocab or 0,
+        one_output=args.medusa_lm_head == "trained",
+        chain=args.medusa_head_weighting == "chain",
         self_distillation=args.medusa_self_distillation,
         adapter=sizes.adapter(rank, targets, every=every),
         rank=rank,

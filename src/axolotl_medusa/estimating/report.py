@@ -134,6 +134,8 @@ def recipe(plan: Plan) -> str:
         how.append(f"the model in {plan.weight_bits} bits")
     stage = "Medusa-1" if plan.only_heads else "Medusa-2"
     heads = f"{plan.heads} {'shared' if plan.shared else 'separate'} heads"
+    if plan.one_output:
+        heads = f"{plan.heads} heads of one output layer"
     return f"{stage}{' with ' if how else ''}{' and '.join(how)}, {heads}"
 
 

@@ -10,8 +10,8 @@ parameters are sharded, chunks are recomputed in the backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,9 +20,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint as recomputed_in_backward  # nothing is saved to disk
 
 from axolotl_medusa.losses import matmuls
+from axolotl_medusa.losses.chain import Chain
 from axolotl_medusa.losses.chunk_plan import Chunk, Part, planned_chunks
 from axolotl_medusa.losses.closed_form import TeacherProbabilities, gradient_in_place, teacher_probabilities
-from axolotl_medusa.losses.cross_entropy_and_kl import LossSums, is_top_token, reference_loss, top_k_hits
+from axolotl_medusa.losses.cross_entropy_and_kl import LossSums
+from axolotl_medusa.losses.plain_chunks import ChunkedLosses
 from axolotl_medusa.losses.prediction import Prediction, Teacher
 
 
@@ -30,6 +32,7 @@ def chunked_loss(
     predictions: Sequence[Prediction],
     teacher: Teacher | None = None,
     *,
+    chain: Chain | None = None,
     chunk_rows: int | None = None,
     recompute: bool | None = None,
 ) -> tuple[Tensor, list[LossSums]]:
@@ -38,19 +41,24 @@ def chunked_loss(
     The teacher's distribution is computed once per chunk of its rows, for all students that learn from it. Without rows, a
     prediction's loss is a zero that still has a gradient (of zero) for every parameter, as distributed training needs.
 
+    With a chain, the first predictions are its heads: their rows' losses are multiplied by `chain.chain_weights`. A chunk
+    then has the rows of all heads at the same positions, so that the weights are known once its logits are: nothing is
+    computed twice for them.
+
     Args:
         predictions: What is trained.
         teacher: The teacher of those that have `teacher_rows`.
+        chain: Which predictions are weighted as a chain; their rows are its positions'.
         chunk_rows: Rows per chunk; without, as many as `chunk_plan` finds room for.
         recompute: True: recompute each chunk's logits in the backward. False: compute gradients in the forward, which
             saves a matmul. Without: the latter wherever parameters are plain tensors.
 
     Returns:
-        The loss with its gradient, scalar, and each prediction's sums.
+        The loss with its gradient, scalar, and each prediction's sums, which know no chain.
     """
-    losses = _ChunkedLosses(predictions, teacher)
+    losses = ChunkedLosses(predictions, teacher, chain)
     is_divided = not all(map(_is_whole, losses.parameters))
-    chunks = planned_chunks(predictions, teacher, chunk_rows, on_all_ranks=is_divided)
+    chunks = planned_chunks(predictions, teacher, chunk_rows, chain=chain, on_all_ranks=is_divided)
     hidden = [prediction.hidden for prediction in predictions]
     if not torch.is_grad_enabled() or not (losses.trained or any(rows.requires_grad for rows in hidden)):
         with torch.no_grad():
@@ -72,80 +80,11 @@ def _is_whole(parameter: Tensor) -> bool:
     return not hasattr(parameter, "ds_shape") and not hasattr(parameter, "device_mesh") and parameter.numel() > 0
 
 
-class _ChunkedLosses:
-    """The losses of one call of `chunked_loss`, and the sums of the chunks that are done."""
-
-    def __init__(self, predictions: Sequence[Prediction], teacher: Teacher | None) -> None:
-        self.predictions = predictions
-        self.teacher = teacher
-        self.parameters = list({id(p): p for each in predictions for p in each.layer.parameters}.values())
-        self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
-        self.buffers = matmuls.ChunkBuffers()
-        self._done: list[dict[tuple[int, int], LossSums]] = [{} for _ in predictions]
-
-    def inputs(self, chunk: Chunk) -> list[Tensor]:
-        """The hidden rows of a chunk's parts."""
-        return [self.predictions[part.prediction].hidden[part.rows] for part in chunk.parts]
-
-    def plain(self, chunk: Chunk, *hidden: Tensor) -> Tensor:
-        """A chunk's scaled loss as plain PyTorch computes and differentiates it."""
-        total = torch.zeros((), dtype=torch.float32, device=hidden[0].device)
-        with torch.no_grad():
-            teacher_logits = self._teacher_logits(chunk)
-        for part, rows in zip(chunk.parts, hidden, strict=True):
-            prediction = self.predictions[part.prediction]
-            targets, at = prediction.targets[part.rows], part.teacher_rows
-            loss, sums, log_q = reference_loss(
-                prediction.layer.project(rows),
-                targets,
-                None if at is None or teacher_logits is None else teacher_logits[at],
-                prediction.weights,
-            )
-            total = total + loss * prediction.scale
-            if (part.rows.start, part.rows.stop) in self._done[part.prediction]:
-                continue  # a recomputation: these rows are counted already
-            if wanted := prediction.accuracies:
-                sums = replace(
-                    sums,
-                    correct=is_top_token(log_q, targets),
-                    topk_hits=top_k_hits(log_q[:: wanted.every], targets[:: wanted.every], wanted.top_k),
-                    topk_rows=len(targets[:: wanted.every]),
-                )
-            self.keep(part, sums)
-        return total
-
-    def _teacher_logits(self, chunk: Chunk) -> Tensor | None:
-        if self.teacher is None or chunk.teacher_rows is None:
-            return None
-        return self.teacher.layer.project(self.teacher.hidden[chunk.teacher_rows])
-
-    def keep(self, part: Part, sums: LossSums) -> None:
-        """Keeps the sums of a part."""
-        self._done[part.prediction][part.rows.start, part.rows.stop] = sums
-
-    def sums(self) -> list[LossSums]:
-        """Each prediction's sums over all chunks."""
-        return [_added_up(list(done.values())) for done in self._done]
-
-
-def _added_up(parts: Sequence[LossSums]) -> LossSums:
-    correct = [part.correct for part in parts if part.correct is not None]
-    hits = [part.topk_hits for part in parts if part.topk_hits is not None]
-    return LossSums(
-        torch.stack([part.loss for part in parts]).sum(),
-        torch.stack([part.cross_entropy for part in parts]).sum(),
-        torch.stack([part.kl for part in parts]).sum(),
-        torch.cat(correct) if correct else None,
-        torch.stack(hits).sum(dim=0) if hits else None,
-        sum(part.topk_rows for part in parts),
-    )
-
-
 class _GradientInForward(torch.autograd.Function):
     """The losses of all chunks, whose gradients are computed while the chunk's logits are at hand."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, losses: _ChunkedLosses, chunks: Sequence[Chunk], *tensors: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, losses: ChunkedLosses, chunks: Sequence[Chunk], *tensors: Tensor) -> Tensor:
         """Returns the loss, scalar; keeps its gradients. `tensors`: every prediction's hidden rows, then `losses.trained`."""
         wanted = ctx.needs_input_grad[2:]  # type: ignore[attr-defined]
         hidden = [each.hidden for each in losses.predictions]
@@ -155,9 +94,7 @@ class _GradientInForward(torch.autograd.Function):
         )
         total = torch.zeros((), dtype=torch.float32, device=hidden[0].device)
         for chunk in chunks:
-            teacher = _teacher_of(losses, chunk)
-            for part in chunk.parts:
-                total += _part_loss(losses, part, teacher, gradients)
+            _add_chunk(losses, chunk, gradients, total)
         ctx.gradients = gradients.of(losses.trained)  # type: ignore[attr-defined]
         return total
 
@@ -205,52 +142,97 @@ class _Gradients:
         return found
 
 
-def _teacher_of(losses: _ChunkedLosses, chunk: Chunk) -> TeacherProbabilities | None:
+def _teacher_of(losses: ChunkedLosses, chunk: Chunk) -> TeacherProbabilities | None:
     """The teacher's probabilities in a chunk."""
     if losses.teacher is None or chunk.teacher_rows is None:
         return None
     layer, hidden, buffers = losses.teacher.layer, losses.teacher.hidden[chunk.teacher_rows].detach(), losses.buffers
     with torch.no_grad():
         if layer.weight is not None:
-            weight = buffers.converted(layer.weight, layer.dtype)
+            weight = buffers.converted(layer.weight, layer.dtype, beside_others=chunk.positions is not None)
             logits = matmuls.logits_in_buffer(hidden.to(layer.dtype), weight, buffers)
         else:
             logits = layer.project(hidden)
     return teacher_probabilities(logits, buffers.empty("teacher", logits.shape, torch.float32, logits.device))
 
 
-def _part_loss(
-    losses: _ChunkedLosses, part: Part, teacher: TeacherProbabilities | None, gradients: _Gradients
-) -> Tensor:
-    """The scaled loss of a part; its gradients are added to `gradients`."""
+def _add_chunk(losses: ChunkedLosses, chunk: Chunk, gradients: _Gradients, total: Tensor) -> None:
+    """Adds the scaled loss of a chunk to `total`, and its gradients to `gradients`.
+
+    Where the rows are a chain's, their gradients wait until all heads of the chunk have said what weight they have.
+    """
+    teacher = _teacher_of(losses, chunk)
+    scales = [losses.predictions[part.prediction].scale for part in chunk.parts]
+    if chunk.positions is None:
+        for part, scale in zip(chunk.parts, scales, strict=True):
+            sums, add_gradients = _part_gradient(losses, part, teacher, gradients)
+            add_gradients(scale)
+            losses.keep(part, sums)
+            total += sums.loss * scale
+        return
+    done = [_part_gradient(losses, part, teacher, gradients, waits=True) for part in chunk.parts]
+    rows = [sums.rows for sums, _ in done if sums.rows is not None]
+    of_rows = losses.row_weights(chunk, [each.cross_entropy for each in rows])
+    for part, scale, (sums, add_gradients), weights, each in zip(chunk.parts, scales, done, of_rows, rows, strict=True):
+        add_gradients((weights * scale)[:, None])
+        losses.keep(part, sums)
+        total += (weights * each.loss).sum() * scale
+
+
+def _part_gradient(
+    losses: ChunkedLosses,
+    part: Part,
+    teacher: TeacherProbabilities | None,
+    gradients: _Gradients,
+    *,
+    waits: bool = False,
+) -> tuple[LossSums, Callable[[Tensor | float], None]]:
+    """The sums of a part, and what adds its gradients to `gradients`, multiplied by a factor or by one of each row, `[rows, 1]`.
+
+    Args:
+        losses: What the part is of.
+        part: The part.
+        teacher: The teacher's probabilities in its chunk.
+        gradients: Where gradients are added.
+        waits: Whether other parts come before its gradients are added: it has memory of its own until then.
+    """
     prediction = losses.predictions[part.prediction]
-    layer, targets, scale = prediction.layer, prediction.targets[part.rows], prediction.scale
+    layer, targets = prediction.layer, prediction.targets[part.rows]
     rows, at = prediction.hidden[part.rows].detach(), part.teacher_rows
     hidden_gradient = gradients.hidden[part.prediction]
     chosen = None if teacher is None or at is None else TeacherProbabilities(teacher.p[at], teacher.p_log_p[at])
     if layer.weight is not None:
-        rows = rows.to(layer.dtype)
-        weight = losses.buffers.converted(layer.weight, layer.dtype)
-        logits = matmuls.logits_in_buffer(rows, weight, losses.buffers)
+        rows, matrix = rows.to(layer.dtype), layer.weight
+        weight = losses.buffers.converted(matrix, layer.dtype, beside_others=waits)
+        use = f"logits {part.prediction}" if waits else "logits"
+        logits = matmuls.logits_in_buffer(rows, weight, losses.buffers, use)
         again = partial(matmuls.logits_of_few, rows, weight)
         sums = gradient_in_place(logits, targets, chosen, prediction.weights, prediction.accuracies, again)
-        if hidden_gradient is not None:
-            hidden_gradient[part.rows] = matmuls.rows_gradient(logits, weight) * scale
-        if layer.weight.requires_grad:
-            gradients.add_matmul(layer.weight, logits, (rows * scale).to(rows.dtype), losses.buffers)
-    else:
-        rows.requires_grad_(hidden_gradient is not None)
-        with torch.enable_grad():
-            logits = layer.project(rows)
-        gradient = logits.detach().clone()
-        sums = gradient_in_place(
-            gradient, targets, chosen, prediction.weights, prediction.accuracies, lambda few: logits.detach()[few]
+
+        def add_of_matmul(scale: Tensor | float) -> None:
+            if hidden_gradient is not None:
+                hidden_gradient[part.rows] = matmuls.rows_gradient(logits, weight) * scale
+            if matrix.requires_grad:
+                gradients.add_matmul(matrix, logits, (rows * scale).to(rows.dtype), losses.buffers)
+
+        return sums, add_of_matmul
+    rows.requires_grad_(hidden_gradient is not None)
+    with torch.enable_grad():
+        logits = layer.project(rows)
+    gradient = logits.detach().clone()
+    sums = gradient_in_place(
+        gradient, targets, chosen, prediction.weights, prediction.accuracies, lambda few: logits.detach()[few]
+    )
+
+    def add_of_layer(scale: Tensor | float) -> None:
+        factor, of_logits = (
+            (1.0, gradient * scale) if isinstance(scale, Tensor) and scale.dim() > 0 else (scale, gradient)
         )
         wanted = ([rows] if hidden_gradient is not None else []) + layer.trained
-        found = list(torch.autograd.grad(logits, wanted, gradient))
+        found = list(torch.autograd.grad(logits, wanted, of_logits.to(logits.dtype)))
         if hidden_gradient is not None:
-            hidden_gradient[part.rows] = found.pop(0) * scale
+            hidden_gradient[part.rows] = found.pop(0) * factor
         for parameter, each in zip(layer.trained, found, strict=True):
-            gradients.add(parameter, each * scale)
-    losses.keep(part, sums)
-    return sums.loss * scale
+            gradients.add(parameter, each * factor)
+
+    return sums, add_of_layer

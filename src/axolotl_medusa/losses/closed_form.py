@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from axolotl_medusa.losses.cross_entropy_and_kl import LossSums, LossWeights
+from axolotl_medusa.losses.cross_entropy_and_kl import LK_DECAY, LossSums, LossWeights, RowLosses
 from axolotl_medusa.losses.prediction import Accuracies
 from axolotl_medusa.losses.targets import IGNORE_INDEX
 
@@ -61,12 +61,21 @@ class _RowValues:
         own_entropy: Entropy of q; zero where it is not asked for.
         kl: KL(p ‖ q); zero without a teacher.
         correct: Whether no token is more probable than the target.
+        tv: Total variation distance of p and q; zero where it is not asked for.
+        lk: LK; zero where it is not asked for.
     """
 
     cross_entropy: Tensor
     own_entropy: Tensor
     kl: Tensor
     correct: Tensor
+    tv: Tensor
+    lk: Tensor
+
+    def losses(self, weights: LossWeights) -> Tensor:
+        """The loss of every row, `[rows]`."""
+        of_tokens = (1.0 - weights.own_softmax) * self.cross_entropy + weights.own_softmax * self.own_entropy
+        return weights.cross_entropy * of_tokens + weights.kl * self.kl + weights.tv * self.tv + weights.lk * self.lk
 
 
 def gradient_in_place(
@@ -82,15 +91,15 @@ def gradient_in_place(
     Args:
         logits: The student's, `[rows, vocab]`, in any type; afterwards the gradient of the sum over rows.
         targets: Token ids, `[rows]`.
-        teacher: The teacher's probabilities for the same rows, if the loss has a divergence.
+        teacher: The teacher's probabilities for the same rows, if the loss has a distance from it.
         weights: What the loss is made of.
         accuracies: Accuracies wanted, if any.
         logits_again: Logits of the rows with the given numbers, for the few whose target's probability underflows.
 
     Returns:
-        The sums over rows.
+        The sums over rows, and the rows' own losses.
     """
-    values = _RowValues(*torch.zeros((4, logits.shape[0]), device=logits.device))
+    values = _RowValues(*torch.zeros((6, logits.shape[0]), device=logits.device))
     hits = torch.zeros(accuracies.top_k if accuracies else 0, dtype=torch.long, device=logits.device)
     only_cross_entropy = teacher is None and not weights.own_softmax
     with torch.autocast(logits.device.type, enabled=False):  # CUDA's gives sums of halves in fp32, which fit nowhere
@@ -110,10 +119,13 @@ def gradient_in_place(
     cross_entropy, kl = values.cross_entropy.sum(), values.kl.sum()
     loss = weights.cross_entropy * (1.0 - weights.own_softmax) * cross_entropy + weights.kl * kl
     loss = loss + weights.cross_entropy * weights.own_softmax * values.own_entropy.sum()
+    if weights.has_total_variation:
+        loss = loss + weights.tv * values.tv.sum() + weights.lk * values.lk.sum()
+    rows = RowLosses(values.losses(weights), values.cross_entropy)
     if accuracies is None:
-        return LossSums(loss, cross_entropy, kl)
+        return LossSums(loss, cross_entropy, kl, rows=rows)
     sampled = len(range(0, logits.shape[0], accuracies.every))
-    return LossSums(loss, cross_entropy, kl, values.correct.bool(), hits, sampled)
+    return LossSums(loss, cross_entropy, kl, values.correct.bool(), hits, sampled, rows)
 
 
 @functools.cache
@@ -185,7 +197,7 @@ def _all_terms_block(
     values: _RowValues,
     accuracies: Accuracies | None,
 ) -> Tensor:
-    """The gradient ce (1 - α) (q - one-hot) + kl (q - p), in fp32, and the terms of the loss.
+    """The gradient ce (1 - α) (q - one-hot) + kl (q - p), in fp32, with what `_total_variation_block` adds, and the loss's terms.
 
     Logarithms are taken of single tokens only: log q[v] = logits[v] - log Σ exp, and the latter from the largest token's.
 
@@ -209,11 +221,46 @@ def _all_terms_block(
     else:
         p = teacher.p[block]
         values.kl[block] = teacher.p_log_p[block] - torch.linalg.vecdot(p, scores) + log_sum
-        q *= of_one_hot + weights.kl
-        q.sub_(p, alpha=weights.kl)
+        if weights.has_total_variation:
+            of_q, of_p = _total_variation_block(q, p, block, weights, values, scores)
+            q *= of_q + of_one_hot + weights.kl
+            q += scores
+            q.addcmul_(p, of_p + weights.kl, value=-1.0)
+        else:
+            q *= of_one_hot + weights.kl
+            q.sub_(p, alpha=weights.kl)
     q[at_target] -= of_one_hot
     logits[block] = q
     return hits
+
+
+def _total_variation_block(
+    q: Tensor, p: Tensor, block: slice, weights: LossWeights, values: _RowValues, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The terms TV and LK of a block's rows, and their gradient in parts.
+
+    With S the sum of q over the tokens that q has less of than p, `d TV / d logits = q (S - [q < p])`.
+
+    Args:
+        q: The student's probabilities, `[rows, vocab]`.
+        p: The teacher's.
+        block: Which rows they are.
+        weights: What the loss is made of.
+        values: Gets the terms; its KL is that of these rows already.
+        scratch: Afterwards what is added to the gradient, `[rows, vocab]`.
+
+    Returns:
+        Factors of q and of -p in the gradient, `[rows, 1]` each.
+    """
+    torch.minimum(q, p, out=scratch)
+    tv = 1.0 - scratch.sum(dim=-1)
+    share = torch.exp(-LK_DECAY * (1.0 - tv))
+    values.tv[block], values.lk[block] = tv, share * values.kl[block] + (1.0 - share) * tv
+    of_tv, of_kl = (weights.tv + weights.lk * (1.0 - share))[:, None], (weights.lk * share)[:, None]
+    torch.mul(q, q < p, out=scratch)
+    of_q = of_kl + of_tv * scratch.sum(dim=-1, keepdim=True)
+    scratch *= -of_tv
+    return of_q, of_kl
 
 
 def _hits(q: Tensor, of_target: Tensor, block: slice, accuracies: Accuracies | None) -> Tensor:

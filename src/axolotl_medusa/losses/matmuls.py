@@ -30,7 +30,7 @@ class ChunkBuffers:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._converted: tuple[Tensor, Tensor] | None = None
+        self._converted: list[tuple[Tensor, Tensor]] = []
 
     def empty(self, use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory of a shape; what was asked for before for the same use and type is overwritten."""
@@ -42,19 +42,30 @@ class ChunkBuffers:
         self._buffers[use, dtype] = kept
         return kept[:size].view(*shape)
 
-    def converted(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """A weight in the type that is computed in, detached; the weight asked for last keeps its copy."""
+    def converted(self, weight: Tensor, dtype: torch.dtype, *, beside_others: bool = False) -> Tensor:
+        """A weight in the type that is computed in, detached.
+
+        Args:
+            weight: The weight.
+            dtype: The type.
+            beside_others: Whether copies of other weights stay as they are; without, only the weight asked for last has one.
+        """
         if weight.dtype == dtype:
             return weight.detach()
-        if self._converted is None or self._converted[0] is not weight:
-            copy = self.empty("weight", weight.shape, dtype, weight.device).copy_(weight.detach())
-            self._converted = (weight, copy)
-        return self._converted[1]
+        for kept, copy in self._converted:
+            if kept is weight:
+                return copy
+        if not beside_others:
+            self._converted.clear()
+        use = f"weight {len(self._converted)}" if self._converted else "weight"
+        copy = self.empty(use, weight.shape, dtype, weight.device).copy_(weight.detach())
+        self._converted.append((weight, copy))
+        return copy
 
 
-def logits_in_buffer(rows: Tensor, weight: Tensor, buffers: ChunkBuffers) -> Tensor:
-    """`rows @ weight.T`, `[rows, vocab]`, in the buffer that all chunks share."""
-    logits = buffers.empty("logits", (rows.shape[0], weight.shape[0]), rows.dtype, rows.device)
+def logits_in_buffer(rows: Tensor, weight: Tensor, buffers: ChunkBuffers, use: str = "logits") -> Tensor:
+    """`rows @ weight.T`, `[rows, vocab]`, in the buffer for that use, which all chunks share."""
+    logits = buffers.empty(use, (rows.shape[0], weight.shape[0]), rows.dtype, rows.device)
     return torch.mm(rows, weight.T, out=logits)
 
 

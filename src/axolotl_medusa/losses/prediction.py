@@ -67,7 +67,7 @@ class Prediction:
         weights: What a row's loss is made of.
         scale: Factor on the sum of the rows' losses.
         teacher_rows: For every row the teacher's row that speaks of the same token, ascending, `[rows]`; None where the
-            loss has no divergence.
+            loss has no distance from it.
         accuracies: Accuracies wanted, if any.
     """
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, output_embedding
 from axolotl_medusa.model.divided_parameters import fill, gathered, host_copy, is_divided, whole, whole_shape
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, META_FILE, SHARED_OUTPUT_LAYER
-from axolotl_medusa.model.heads import HEADS_NAME, HeadForm, MedusaHeads, attached_heads
+from axolotl_medusa.model.head_form import DRAFT_VOCAB_KEY, FORM_KEY, TOKEN_MAP, HeadForm, form_of
+from axolotl_medusa.model.heads import HEADS_NAME, MedusaHeads, attached_heads, check_token_map
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.secrets import without_secrets
 from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles, whole_or_nothing, write_json
@@ -55,8 +56,8 @@ class HeadsFile:
 
     @property
     def form(self) -> HeadForm:
-        """`shared` or `separate`."""
-        return "shared" if self.config["original_lm_head"] else "separate"
+        """`shared`, `separate` or `trained`."""
+        return form_of(self.config)
 
     def build(self, device: torch.device | str | None = None) -> MedusaHeads:
         """Builds the heads with these weights, in the type they were saved in."""
@@ -77,8 +78,9 @@ class HeadsFile:
             self.config["medusa_num_heads"],
             self.config["medusa_num_layers"],
             self.form,
-            dtype=next(iter(self.tensors.values())).dtype,
+            dtype=next(tensor.dtype for name, tensor in self.tensors.items() if name != TOKEN_MAP),
             device=device,
+            draft_vocab=self.config.get(DRAFT_VOCAB_KEY),
         )
 
     def head_tensors(self) -> dict[str, Tensor]:
@@ -88,7 +90,9 @@ class HeadsFile:
 
 def heads_config(heads: MedusaHeads, base_model: str) -> dict[str, Any]:
     """The canonical `config.json`: every key that a server reads, and no `architectures`, which crashes them."""
-    shared = heads.form == "shared"
+    named: dict[str, Any] = {FORM_KEY: heads.form} if heads.form == "trained" else {}
+    if heads.draft_vocab is not None:
+        named[DRAFT_VOCAB_KEY] = heads.draft_vocab
     return {
         "model_type": "medusa",
         "base_model_name_or_path": base_model,
@@ -96,11 +100,12 @@ def heads_config(heads: MedusaHeads, base_model: str) -> dict[str, Any]:
         "medusa_num_layers": heads.num_layers,
         "num_medusa_heads": heads.num_heads,
         "num_medusa_layers": heads.num_layers,
-        "version": "2" if shared else "1",
+        "version": "2" if heads.form == "shared" else "1",
         "hidden_size": heads.hidden_size,
         "vocab_size": heads.vocab_size,
         "medusa_fc_bias": True,
-        "original_lm_head": shared,
+        "original_lm_head": heads.form != "separate",
+        **named,
     }
 
 
@@ -206,6 +211,8 @@ def heads_tensors(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     heads = attached_heads(model)
     copies = {name: host_copy(parameter, keep) for name, parameter in heads.named_parameters()}
     tensors = {name: tensor for name, tensor in copies.items() if tensor is not None}
+    if keep and heads.token_map is not None:
+        tensors[TOKEN_MAP] = heads.token_map.to("cpu", copy=True)
     if heads.form == "shared" and (keep or any(map(is_divided, output_embedding(model).parameters()))):
         with acting_output_layer(model) as weight:
             if keep:
@@ -236,7 +243,14 @@ def read_heads(directory: str | Path) -> HeadsFile:
     files = open_heads(directory)
     meta_file = directory / META_FILE
     meta = read_json(meta_file) if meta_file.is_file() else {}
-    return HeadsFile({name: files.load(name) for name in files}, read_json(directory / CONFIG_FILE), meta)
+    file = HeadsFile({name: files.load(name) for name in files}, read_json(directory / CONFIG_FILE), meta)
+    if TOKEN_MAP in file.tensors:
+        size = (file.config[DRAFT_VOCAB_KEY],)
+        try:
+            check_token_map(file.tensors[TOKEN_MAP], file.config["vocab_size"], size)
+        except ValueError as error:
+            raise ValueError(f"{directory / HEADS_FILE}: {error}") from None
+    return file
 
 
 def open_heads(directory: str | Path) -> TensorFiles:
@@ -275,6 +289,7 @@ def verify_heads(file: HeadsFile, where: str) -> None:
         config["medusa_num_layers"],
         file.form,
         device="meta",
+        draft_vocab=config.get(DRAFT_VOCAB_KEY),
     )
     expected = {name: tuple(tensor.shape) for name, tensor in by_config.state_dict().items()}
     if file.form == "shared":
@@ -303,6 +318,12 @@ def _verify_numbers(file: HeadsFile, where: str) -> None:
                 f"{where}/{CONFIG_FILE}: {key} is {shorten(config[key])}, expected a whole number from 1 to {most:,} with "
                 f"{len(file.tensors)} tensors in {HEADS_FILE}: get the directory again"
             )
+    draft_vocab = config.get(DRAFT_VOCAB_KEY)
+    if draft_vocab is not None and (type(draft_vocab) is not int or not 1 <= draft_vocab <= config["vocab_size"]):
+        raise ValueError(
+            f"{where}/{CONFIG_FILE}: {DRAFT_VOCAB_KEY} is {shorten(draft_vocab)}, expected a whole number from 1 to "
+            f"{config['vocab_size']:,}: get the directory again"
+        )
     if not isinstance(config["original_lm_head"], bool):
         found = shorten(config["original_lm_head"])
         raise ValueError(f"{where}/{CONFIG_FILE}: original_lm_head is {found}, expected true or false")
@@ -311,7 +332,9 @@ def _verify_numbers(file: HeadsFile, where: str) -> None:
             f"{where}/{CONFIG_FILE}: medusa_num_heads is {config['medusa_num_heads']} with {config['medusa_num_layers']} blocks "
             f"each, more than the {len(file.tensors)} tensors in {HEADS_FILE}: get the directory again"
         )
-    whole = next((name for name, tensor in file.tensors.items() if not tensor.is_floating_point()), None)
+    whole = next(
+        (name for name, tensor in file.tensors.items() if not tensor.is_floating_point() and name != TOKEN_MAP), None
+    )
     if whole is not None:
         raise ValueError(
             f"{where}/{HEADS_FILE}: {whole} is {file.tensors[whole].dtype}, expected floating-point numbers"
@@ -347,6 +370,11 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor | LazyTensor]) -> N
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             raise ValueError(f"saved heads do not fit {kind}: {name} is {found}, the model's heads have {shape}")
         fill(parameter, tensors[name])
+    if heads.token_map is not None:
+        saved = tensors.get(TOKEN_MAP)
+        if saved is None:
+            raise ValueError(f"saved heads do not fit {kind}: they choose among all tokens; remove medusa_draft_vocab")
+        heads.choose_tokens(saved.load() if isinstance(saved, LazyTensor) else saved)
 
 
 def package_version(package: str) -> str | None:

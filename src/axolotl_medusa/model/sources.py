@@ -25,7 +25,7 @@ from axolotl_medusa.model.file_names import (
     TORCH_FILE,
     TORCH_INDEX,
 )
-from axolotl_medusa.model.heads import HeadForm
+from axolotl_medusa.model.head_form import HeadForm, form_of
 from axolotl_medusa.model.heads_directory import open_heads
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.safe_paths import stays_inside
@@ -74,8 +74,8 @@ class Source:
 
     @property
     def form(self) -> HeadForm:
-        """`shared` or `separate`."""
-        return "shared" if self.config["original_lm_head"] else "separate"
+        """`shared`, `separate` or `trained`."""
+        return form_of(self.config)
 
     def heads(self) -> TensorFiles:
         """The heads' tensors, none of them read yet."""

@@ -24,6 +24,7 @@ from axolotl_medusa.model.file_names import (
     META_FILE,
     SHARED_OUTPUT_LAYER,
 )
+from axolotl_medusa.model.head_form import TOKEN_MAP
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.secrets import without_secrets
 from axolotl_medusa.model.sources import Source
@@ -101,7 +102,8 @@ def export(
     if verify:
         written = Source(source.heads_dir, source.config, {}, str(out / MERGED_FOLDER)) if merged else source
         output, dtype = lm_head(written), _heads_dtype(source)
-        trained = {name: tensor.load for name, tensor in source.heads().items() if name != SHARED_OUTPUT_LAYER}
+        not_of_a_head = (SHARED_OUTPUT_LAYER, TOKEN_MAP)
+        trained = {name: tensor.load for name, tensor in source.heads().items() if name not in not_of_a_head}
         verify_export(target, out, trained, lambda: output.load().to(dtype))
         LOG.info("%s was read back as %s does: its logits are the trained heads'", out, target)
 

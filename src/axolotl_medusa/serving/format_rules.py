@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from axolotl_medusa.model.file_names import HEADS_FILE, SHARED_OUTPUT_LAYER
+from axolotl_medusa.model.head_form import DRAFT_VOCAB_KEY, FORM_KEY, form_of
 from axolotl_medusa.serving.head_names import HeadTensor
 
 TORCH_HEADS_FILE = "medusa_lm_head.pt"
@@ -32,7 +33,7 @@ class Target:
         block: Name of a block's linear layer, of head `{i}` and block `{j}`.
         output: Name of an output layer, of head `{i}`; `{j}` is the number of blocks.
         shared: How heads that share lm_head are written.
-        separate: Whether heads can have output layers of their own.
+        separate: Whether heads can have output layers of their own, be it the same one in copies.
         max_layers: Most blocks per head, None for any number.
         num_heads: The only number of heads that is read, None for any.
         model_types: The `model_type`s that the consumer has, None for any.
@@ -54,6 +55,8 @@ class Target:
         """How the output layers of heads of this form are written."""
         if form == "separate":
             return "own"
+        if form == "trained":
+            return "one" if self.name == "vllm" else "copies"
         if self.name == "tgi" and num_layers > 1:  # its v2 has one block, its v1 reads any number
             return "copies"
         return self.shared
@@ -115,6 +118,7 @@ def plan(target: Target, config: Mapping[str, Any]) -> Iterator[Planned]:
     """
     num_heads, num_layers = config["medusa_num_heads"], config["medusa_num_layers"]
     layers = target.output_layers(form_of(config), num_layers)
+    one = HeadTensor(0, num_layers, "weight").canonical if form_of(config) == "trained" else SHARED_OUTPUT_LAYER
     for head in range(num_heads):
         for layer in range(num_layers):
             for kind in ("linear.weight", "linear.bias"):
@@ -122,14 +126,9 @@ def plan(target: Target, config: Mapping[str, Any]) -> Iterator[Planned]:
                 yield Planned(target.name_of(block), block.canonical)
         if layers in ("own", "copies"):
             output = HeadTensor(head, num_layers, "weight")
-            yield Planned(target.name_of(output), output.canonical if layers == "own" else SHARED_OUTPUT_LAYER)
+            yield Planned(target.name_of(output), output.canonical if layers == "own" else one)
     if layers == "one":
-        yield Planned(SHARED_OUTPUT_LAYER, SHARED_OUTPUT_LAYER)
-
-
-def form_of(config: Mapping[str, Any]) -> Literal["shared", "separate"]:
-    """Form of the heads that a canonical config describes."""
-    return "shared" if config["original_lm_head"] else "separate"
+        yield Planned(SHARED_OUTPUT_LAYER, one)
 
 
 def target_config(target: Target, config: Mapping[str, Any], base_model: str) -> dict[str, Any]:
@@ -152,7 +151,8 @@ def target_config(target: Target, config: Mapping[str, Any], base_model: str) ->
     match target.name:
         case "vllm":
             vllm = {"num_heads": heads, "num_hidden_layers": layers, "medusa_fc_bias": True, "original_lm_head": shared}
-            return {**heads_only, **sizes, **vllm}
+            named = {key: value for key, value in config.items() if key == FORM_KEY}  # for those who import it
+            return {**heads_only, **sizes, **vllm, **named}
         case "tgi" | "lorax":
             canonical = {"medusa_fc_bias": True, "original_lm_head": shared}
             return {**heads_only, **both_spellings, **version, **sizes, **canonical}
@@ -188,13 +188,19 @@ def refusal(
 
 
 def _refused_heads(target: Target, config: Mapping[str, Any]) -> str | None:
+    if form_of(config) != "shared" and config.get(DRAFT_VOCAB_KEY) is not None:
+        return (
+            f"found heads that choose among {config[DRAFT_VOCAB_KEY]} tokens, expected the whole vocabulary: {target.name} has no "
+            "other output layers; train without medusa_draft_vocab, or with medusa_lm_head: shared, whose heads are exported as "
+            "choosing among all tokens"
+        )
     heads, layers = config["medusa_num_heads"], config["medusa_num_layers"]
     if target.max_layers is not None and layers > target.max_layers:
         return (
             f"found {layers} residual blocks per head, expected 1: {target.name} reads no more; "
             "train with medusa_num_layers: 1, or export to vllm, tgi or tensorrt-llm"
         )
-    if form_of(config) == "separate" and not target.separate:
+    if form_of(config) != "shared" and not target.separate:
         return (
             f"found heads with output layers of their own, expected heads that share lm_head: {target.name} would fail or "
             "ignore them; train with medusa_lm_head: shared, or export to vllm, tgi or tensorrt-llm"
@@ -223,7 +229,11 @@ def _refused_model(
                 "will be served; give the model that was trained as --base-model"
             )
     layers = target.output_layers(form_of(config), config["medusa_num_layers"])
-    if head_has_bias and (layers == "copies" or (layers == "one" and target.name == "vllm")):
+    if (
+        head_has_bias
+        and form_of(config) == "shared"
+        and (layers == "copies" or (layers == "one" and target.name == "vllm"))
+    ):
         return (
             f"found heads that share an lm_head with a bias, expected none: {target.name} builds output layers without; "
             "train with medusa_lm_head: separate"

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from axolotl_medusa.model.file_names import CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, META_FILE, SHARED_OUTPUT_LAYER
-from axolotl_medusa.model.heads import HeadForm, MedusaHeads
+from axolotl_medusa.model.head_form import FORM_KEY, HeadForm
+from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.model.heads_directory import HeadsFile, heads_config, verify_heads, weight_hash
 from axolotl_medusa.model.json_files import read_json_if_there
 from axolotl_medusa.model.secrets import without_secrets
@@ -164,6 +165,10 @@ def _canonical_tensors(found: PublishedHeads, base_model: str | None, base: str)
     outputs = found.outputs()
     if not outputs:
         tensors.append(_served_lm_head(found, base_model, base)._replace(name=SHARED_OUTPUT_LAYER))
+    elif _is_trained(found, outputs):
+        form = "trained"
+        place = HeadTensor(0, found.num_layers, "weight")
+        tensors.append(outputs[0]._replace(name=place.canonical))
     elif _is_shared(found, outputs):
         tensors.append(outputs[0]._replace(name=SHARED_OUTPUT_LAYER))
     else:
@@ -190,6 +195,12 @@ def _cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     if tensor.dtype == dtype:
         return tensor
     return tensor._replace(dtype=dtype, load=lambda: tensor.load().to(dtype))
+
+
+def _is_trained(found: PublishedHeads, outputs: list[LazyTensor]) -> bool:
+    """Whether one output layer was trained for all heads, which an export may hold in copies."""
+    says_so = "trained" in (found.config.get(FORM_KEY), found.canonical_config.get(FORM_KEY))
+    return says_so and (len(outputs) == 1 or (len(outputs) == found.num_heads and _equal(outputs)))
 
 
 def _is_shared(found: PublishedHeads, outputs: list[LazyTensor]) -> bool:

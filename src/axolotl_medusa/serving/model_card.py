@@ -16,6 +16,7 @@ from typing import Any
 
 from axolotl_medusa.model.checkpoints import checkpoint_step, checkpoints
 from axolotl_medusa.model.file_names import HEADS_FILE, HEADS_FOLDER, STATE_FILE
+from axolotl_medusa.model.head_form import HeadForm, form_of
 from axolotl_medusa.model.json_files import read_json
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -28,6 +29,12 @@ _RECIPES = {
 }
 _LARGEST_METRIC = 1e15
 """Anything beyond, and what is no number, was not measured."""
+_OUTPUT_LAYERS: dict[HeadForm, str] = {
+    "shared": "the served model's output layer",
+    "separate": "an output layer of their own",
+    "trained": "one output layer for all of them",
+}
+
 _SERVED = {
     "base": "the base model as it is",
     "adapter": "the base model with the LoRA adapter that was trained with the heads",
@@ -236,7 +243,7 @@ def _facts(
     config: Mapping[str, Any], meta: Mapping[str, Any], base_model: str | None, model: str, data: list[str]
 ) -> Iterator[tuple[str, str]]:
     layers = config["medusa_num_layers"]
-    output_layer = "the served model's output layer" if config["original_lm_head"] else "an output layer of their own"
+    output_layer = _OUTPUT_LAYERS[form_of(config)]
     yield "base model", f"`{base_model}`" if base_model else "unknown"
     yield "recipe", _RECIPES.get(str(meta.get("recipe")), "unknown")
     yield "served with", _SERVED[model]

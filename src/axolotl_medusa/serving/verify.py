@@ -300,7 +300,8 @@ def _compare(
     own = {"0." + name.removeprefix(prefix): trained[name]() for name in trained if name.startswith(prefix)}
     num_layers = 1 + max(int(name.split(".")[1]) for name in own if "linear" in name)
     output_name = f"0.{num_layers}.weight"
-    output = own.pop(output_name) if output_name in own else lm_head()
+    all_heads_or_model = trained.get(output_name, lm_head)  # head 0's output layer, where other heads have none
+    output = own.pop(output_name) if output_name in own else all_heads_or_model()
     if len(served.blocks) != num_layers:
         raise ValueError(f"head {index} has {len(served.blocks)} residual blocks, expected {num_layers}")
     module = MedusaHeads(output.shape[1], output.shape[0], 1, num_layers, "shared", dtype=torch.float32)

@@ -108,10 +108,17 @@ class MedusaArgs(BaseModel):
         le=100,
         description="Accuracies logged: top 1 to k, k from 1 to 100. Default 5, ours.",
     )
-    medusa_lm_head: Literal["separate", "shared"] = Field(
+    medusa_lm_head: Literal["separate", "shared", "trained"] = Field(
         default="separate",
-        description="separate: each head owns an output layer started from lm_head (v1). shared: heads reuse lm_head (v2). Default "
-        "separate: the paper's (section 2.1.1).",
+        description="separate: each head owns an output layer started from lm_head (v1). shared: heads reuse lm_head (v2). trained: "
+        "one output layer is trained for all heads, started from lm_head. Default separate: the paper's (section 2.1.1).",
+    )
+    medusa_draft_vocab: int | None = Field(
+        default=None,
+        ge=128,
+        description="Heads choose among this many tokens, those that the training data's answers have most often; at least 128. Their "
+        "output layer costs as much less, in training and in decoding. A target outside teaches a head nothing and counts as a "
+        "miss. Default none: the whole vocabulary, as in the paper.",
     )
     medusa_heads_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
@@ -123,10 +130,28 @@ class MedusaArgs(BaseModel):
         description="Heads directory, or an output_dir that has one, whose heads training starts from: stage 2 after stage 1 (paper, "
         "section 2.2.2). Default none: heads start at zero.",
     )
-    medusa_head_loss: Literal["ce", "kl"] = Field(
+    medusa_head_loss: Literal["ce", "kl", "tv", "lk"] = Field(
         default="ce",
-        description="ce, or kl: heads learn the base model's own distribution (the frozen self's in self-distillation). Default ce: "
-        "the paper's (section 2.2.1).",
+        description="ce: heads learn the tokens of the data. The others: they learn the base model's own distribution p (the frozen "
+        "self's in self-distillation) at the position that they predict. kl: KL(p ‖ q). tv: 1 - Σ min(p, q), what rejection "
+        "sampling refuses; its gradient is small at the start. lk: λ · kl + (1 - λ) · tv with λ = exp(-10 · Σ min(p, q)) "
+        "(arXiv 2602.23881). Default ce: the paper's (section 2.2.1).",
+    )
+    medusa_head_weighting: Literal["decay", "chain"] = Field(
+        default="decay",
+        description="decay: head i's losses are weighted by medusa_decay_coefficient^(i + 1). chain: each row of head j by "
+        "Σ_{m ≥ j} Π_{i ≤ m} q_i, the gradient of the expected number of tokens accepted in a row, with q_i what head i gives its "
+        "target at that position, and the sum divided by the number of positions; a position where a head has no target ends "
+        "the chain (D-PACE, arXiv 2605.18810). Default decay: the paper's (section 2.2.1).",
+    )
+    medusa_chain_smoothing: float = Field(
+        allow_inf_nan=False,
+        default=0.5,
+        ge=0.0,
+        le=1.0,
+        description="α of medusa_head_weighting: chain, which takes (1 - α) · q + α for q, 0 to 1. At 0 the weights are the exact "
+        "gradient, and heads that are wrong are hardly taught. Default 0.5: that of arXiv 2605.18810. With it the weights of three "
+        "heads add up to 1.4 where none is right and to 6 where all are certain; with decay they are 1.95.",
     )
     medusa_hidden_cache: str | None = Field(
         default=None,
@@ -153,6 +178,7 @@ class MedusaArgs(BaseModel):
         "medusa_num_unfreeze_layers",
         "medusa_checkpoint_layers",
         "medusa_logging_topk",
+        "medusa_draft_vocab",
         mode="before",
     )
     @classmethod

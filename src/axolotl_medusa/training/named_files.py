@@ -12,6 +12,7 @@ from typing import Any
 
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.model.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, HEADS_FILE, HEADS_FOLDER, STATE_FILE
+from axolotl_medusa.model.head_form import DRAFT_VOCAB_KEY, form_of
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.training.args import MedusaArgs
 
@@ -66,6 +67,15 @@ def deepspeed_config(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
     if path.suffix == ".json":
         raise ValueError(f"{path} does not exist: expected a DeepSpeed configuration")
     return {}  # accelerate takes the encoded text of one too
+
+
+def divides_weights(cfg: Mapping[str, Any]) -> bool:
+    """Whether the YAML asks for an engine that divides weights among ranks; not where its file cannot be read."""
+    try:
+        zero = deepspeed_config(cfg).get("zero_optimization")
+    except ValueError:
+        return False  # reported with the other files
+    return bool(cfg.get("fsdp_config") or cfg.get("fsdp")) or (isinstance(zero, Mapping) and zero.get("stage") == 3)
 
 
 def file_problems(args: MedusaArgs, cfg: Mapping[str, Any], bad: set[Any]) -> list[str]:
@@ -143,7 +153,8 @@ def _init_from_problems(args: MedusaArgs, bad: set[Any]) -> list[str]:
     found = {
         "medusa_num_heads": config.get("medusa_num_heads"),
         "medusa_num_layers": config.get("medusa_num_layers"),
-        "medusa_lm_head": "shared" if config.get("original_lm_head") else "separate",
+        "medusa_lm_head": form_of(config),
+        "medusa_draft_vocab": config.get(DRAFT_VOCAB_KEY),
     }
     return [
         f"{key} is {getattr(args, key)!r} but the heads in medusa_init_from {args.medusa_init_from} have {value!r}: use the same value"

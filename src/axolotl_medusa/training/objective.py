@@ -20,10 +20,12 @@ A batch's way from the YAML to an optimizer step (modules are those of this fold
 6. `MedusaTrainer.compute_loss` runs for each micro-batch. It hands the forward the counts (`num_items_in_batch`) and the
    heads' weight at this step (`medusa_coefficient`): `medusa_heads_coefficient` times `schedule.scheduler_factor`.
 7. The model's forward is `_MicroBatch` below:
-   - targets: which token each row predicts (`losses.targets.medusa_targets`); rows without a base target do not count
+   - targets: which token each row predicts (`losses.targets.medusa_targets`); rows without a base target do not count, and
+     targets outside a draft vocabulary teach a head nothing (`_within_draft_vocab`)
    - backbone: its forward without lm_head, of which only the counted rows are kept
    - teacher: whose distribution is learnt, where the loss has a divergence (`_teacher`)
    - predictions: hidden rows, targets and weight of each head (`_head_prediction`) and of the base model (`_base_prediction`)
+   - chain: which rows of the heads stand at the same position, where they are weighted by it (`_chain`, `losses.chain`)
    - loss: `losses.chunked.chunked_loss` goes through all rows chunk by chunk. It computes a chunk's gradient while the
      chunk's logits are at hand (`losses.closed_form`), so the forward ends with gradients of the output layers and of
      their inputs. (Where an output layer is divided among ranks, each chunk gathers it, and its backward computes it anew.)
@@ -41,7 +43,7 @@ Where the two recipes part:
 | backbone (7)  | frozen, without a graph or dropout; not run where | trained: with a graph                                  |
 |               | `hidden_cache` has its rows (`hidden_rows`)       |                                                        |
 | base loss (7) | only watched, on every 16th row (`_watched_base`) | a prediction like the heads' (`_base_prediction`)      |
-| teacher (7)   | the model itself, for heads that learn by `kl`    | the same, or with self-distillation the model with its |
+| teacher (7)   | the model itself, for heads that learn from it     | the same, or with self-distillation the model with its |
 |               |                                                   | adapters off (a second forward of the backbone)        |
 | backward (8)  | ends at the heads                                 | goes through the backbone                              |
 | files (10)    | the heads                                         | the heads, and the adapter or the model                |
@@ -51,7 +53,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -59,20 +61,19 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from axolotl_medusa.losses.chain import Chain
 from axolotl_medusa.losses.chunked import chunked_loss
 from axolotl_medusa.losses.cross_entropy_and_kl import LossSums, LossWeights
-from axolotl_medusa.losses.prediction import Accuracies, OutputLayer, Prediction, Teacher, matmul_dtype
+from axolotl_medusa.losses.prediction import Accuracies, Prediction, Teacher
 from axolotl_medusa.losses.targets import IGNORE_INDEX, medusa_targets
 from axolotl_medusa.model.anatomy import (
     backbone,
     causal_lm,
-    embedding_shape,
     frozen_output_embedding,
-    identity,
-    logit_transform,
     output_embedding,
 )
 from axolotl_medusa.model.heads import MedusaHeads, attached_heads
+from axolotl_medusa.training.output_layers import OutputLayers, evaluating
 
 BASE_LOSS_SAMPLE = 16
 """In Medusa-1 training the base loss is only watched: every 16th row of each batch keeps that below 1% of a step."""
@@ -82,6 +83,15 @@ TOP_K_SAMPLE = 16
 
 _OF_LM_HEAD = ("return_dict", "logits_to_keep", "skip_logits")
 """Arguments that speak of the logits; the backbone does not take them."""
+
+HeadLoss = Literal["ce", "kl", "tv", "lk"]
+
+_HEAD_LOSSES: dict[HeadLoss, LossWeights] = {
+    "ce": LossWeights(),
+    "kl": LossWeights(0.0, kl=1.0),
+    "tv": LossWeights(0.0, tv=1.0),
+    "lk": LossWeights(0.0, lk=1.0),
+}
 
 _Metric = tuple[Tensor, Tensor]
 """A sum and what it is divided by, scalars."""
@@ -97,8 +107,11 @@ class Objective:
         lm_coefficient: Weight of the base model's own cross-entropy.
         kl_coefficient: Weight of the base model's KL(teacher ‖ student); the teacher is the model with its adapters off.
         distillation_regularization: Share α of the model's own softmax in the base targets.
-        head_loss: `ce`, or `kl` from the teacher's distribution at the position that a head predicts; without
-            `kl_coefficient` the teacher is the model itself.
+        head_loss: `ce`, or the distance from the teacher's distribution at the position that a head predicts: `kl`, `tv` or
+            `lk` (`LossWeights`). Without `kl_coefficient` the teacher is the model itself.
+        head_weighting: `decay`, or `chain`: each row weighted by what it adds to the expected length of the heads' chain
+            (`losses.chain`), in place of `decay^(i + 1)`.
+        chain_smoothing: α of that chain.
         logging: Whether accuracies are computed and the acceptance length.
         logging_topk: Accuracies top 1 to k.
     """
@@ -108,7 +121,9 @@ class Objective:
     lm_coefficient: float = 1.0
     kl_coefficient: float = 0.0
     distillation_regularization: float = 0.0
-    head_loss: Literal["ce", "kl"] = "ce"
+    head_loss: HeadLoss = "ce"
+    head_weighting: Literal["decay", "chain"] = "decay"
+    chain_smoothing: float = 0.5
     logging: bool = True
     logging_topk: int = 5
 
@@ -212,8 +227,7 @@ class _MicroBatch:
         self.inputs = inputs
         self.heads: MedusaHeads = attached_heads(lm)
         self.lm_head = output_embedding(lm)
-        self.transform = logit_transform(lm.config)
-        self.vocab_size = embedding_shape(self.lm_head)[0]
+        self.layers = OutputLayers(lm, self.heads)
 
     def counted_rows(self, labels: Tensor) -> MedusaOutput:
         """The hidden states of the counted rows alone."""
@@ -241,25 +255,58 @@ class _MicroBatch:
         rows, targets = rows.to(hidden.device), targets.to(hidden.device)
         targets, counts = targets[rows], counts.to(hidden.device).clamp(min=1)
         counted = [targets[:, head + 1] != IGNORE_INDEX for head in range(heads.num_heads)]
-        weights = [coefficient * objective.decay_coefficient ** (head + 1) for head in range(heads.num_heads)]
+        targets, learnt = self._within_draft_vocab(targets, counted)
+        scales = self._head_scales(coefficient, counts)
         predictions = [
-            self._head_prediction(head, hidden, rows, targets, counted[head], weights[head] / counts[head + 1])
+            self._head_prediction(head, hidden, rows, targets, learnt[head], scales[head])
             for head in range(heads.num_heads)
         ]
-        if not objective.only_heads:
-            predictions.append(self._base_prediction(hidden, targets, 1.0 / counts[0]))
-        loss, sums = chunked_loss(predictions, self._teacher(hidden, rows))
+        base = [] if objective.only_heads else [self._base_prediction(hidden, targets, 1.0 / counts[0])]
+        teacher, chain = self._teacher(hidden, rows), self._chain(learnt)
+        if heads.token_map is None:
+            loss, sums = chunked_loss([*predictions, *base], teacher, chain=chain)
+        else:  # heads learn from a teacher that chooses among their tokens, the base model from one of all tokens
+            of_heads = None if teacher is None else Teacher(teacher.hidden, self.layers.of_draft_vocab(teacher.layer))
+            loss, sums = chunked_loss(predictions, of_heads, chain=chain)
+            if base:
+                base_loss, base_sums = chunked_loss(base, teacher)
+                loss, sums = loss + base_loss, sums + base_sums
         metrics = self._watched_base(hidden, targets) if objective.only_heads else self._base_metrics(sums.pop(), rows)
-        metrics += self._head_metrics(sums, counted, rows)
+        metrics += self._head_metrics(sums, counted, learnt, rows)
         stacked = torch.stack([torch.stack([part.double() for part in metric]) for metric in metrics])
         return MedusaOutput(loss=loss, metric_sums=stacked)
+
+    def _within_draft_vocab(self, targets: Tensor, counted: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The heads' targets as places in their draft vocabulary, and which of them have one there; without one, all as they are."""
+        tokens = self.heads.token_map
+        if tokens is None:
+            return targets, list(counted)
+        places = torch.full((self.heads.vocab_size,), IGNORE_INDEX, device=targets.device)
+        places[tokens.to(targets.device)] = torch.arange(len(tokens), device=targets.device)
+        of_heads = torch.where(targets[:, 1:] == IGNORE_INDEX, IGNORE_INDEX, places[targets[:, 1:].clamp(min=0)])
+        learnt = [of_heads[:, head] != IGNORE_INDEX for head in range(self.heads.num_heads)]
+        return torch.cat([targets[:, :1], of_heads], dim=1), learnt
+
+    def _head_scales(self, coefficient: float, counts: Tensor) -> list[Tensor]:
+        """The factor of each head's losses: its decay over its targets, or for all heads 1 over the chains, where head 0 has one."""
+        objective, heads = self.objective, range(self.heads.num_heads)
+        if objective.head_weighting == "chain":
+            return [coefficient / counts[1] for _ in heads]
+        return [coefficient * objective.decay_coefficient ** (head + 1) / counts[head + 1] for head in heads]
+
+    def _chain(self, counted: Sequence[Tensor]) -> Chain | None:
+        """The heads as a chain at every counted row, where their rows are weighted so."""
+        if self.objective.head_weighting == "decay":
+            return None
+        positions = [of_head.nonzero().squeeze(1) for of_head in counted]
+        return Chain(positions, counted[0].shape[0], self.objective.chain_smoothing)
 
     def _last_hidden(self, *, teacher: bool) -> Tensor:
         """Last hidden states after the final norm, `[batch, seq, hidden]`, with a gradient only where one is needed."""
         decoder = backbone(self.lm)
         if not teacher and not self.objective.only_heads:
             return cast(Tensor, decoder(**self.inputs)[0])
-        with torch.no_grad(), _evaluating(decoder):
+        with torch.no_grad(), evaluating(decoder):
             return cast(Tensor, decoder(**self.inputs)[0])
 
     def _teacher(self, hidden: Tensor, rows: Tensor) -> Teacher | None:
@@ -267,48 +314,35 @@ class _MicroBatch:
         if self.objective.kl_coefficient:
             with self.disable_adapter():
                 hidden = self._last_hidden(teacher=True).flatten(0, 1)[rows]
-            return Teacher(hidden, self._output_layer(frozen_output_embedding(self.lm_head)))
-        if self.objective.head_loss == "kl":
-            return Teacher(hidden.detach(), self._output_layer(self.lm_head, frozen=True))
+            return Teacher(hidden, self.layers.of(frozen_output_embedding(self.lm_head)))
+        if _HEAD_LOSSES[self.objective.head_loss].needs_teacher:
+            return Teacher(hidden.detach(), self.layers.of(self.lm_head, frozen=True))
         return None
 
     def _base_prediction(self, hidden: Tensor, targets: Tensor, scale: Tensor) -> Prediction:
         objective = self.objective
         weights = LossWeights(objective.lm_coefficient, objective.kl_coefficient, objective.distillation_regularization)
         every_row = torch.arange(hidden.shape[0], device=hidden.device) if objective.kl_coefficient else None
-        return Prediction(hidden, targets[:, 0], self._output_layer(self.lm_head), weights, scale, every_row)
+        return Prediction(hidden, targets[:, 0], self.layers.of(self.lm_head), weights, scale, every_row)
 
     def _head_prediction(
         self, head: int, hidden: Tensor, rows: Tensor, targets: Tensor, counted: Tensor, scale: Tensor
     ) -> Prediction:
         """A head's rows; the model predicts the same token 1 + head rows later, which is a counted row too."""
         own_rows = self.heads.hidden(head, hidden[counted])
-        layer = self._output_layer(self.heads.output_layer(head) or self.lm_head)
+        layer = self.layers.of_head(head)
         own_targets = targets[counted, head + 1]
-        weights, same_token = LossWeights(), None
-        if self.objective.head_loss == "kl":
-            weights, same_token = LossWeights(0.0, kl=1.0), torch.searchsorted(rows, rows[counted] + 1 + head)
+        weights, same_token = _HEAD_LOSSES[self.objective.head_loss], None
+        if weights.needs_teacher:
+            same_token = torch.searchsorted(rows, rows[counted] + 1 + head)
         return Prediction(own_rows, own_targets, layer, weights, scale, same_token, self._accuracies)
-
-    def _output_layer(self, layer: nn.Module, frozen: bool = False) -> OutputLayer:
-        """An output layer as the losses take it; frozen: without dropout."""
-        weight, dtype = None, _compute_dtype(layer)
-        is_matmul = type(layer) is nn.Linear and layer.bias is None and self.transform is identity
-        if is_matmul and dtype in (torch.float32, torch.bfloat16):
-            weight = cast(Tensor, layer.weight)
-
-        def project(hidden: Tensor) -> Tensor:
-            with _evaluating(layer) if frozen else contextlib.nullcontext():
-                return self.transform(layer(hidden.to(_weight_dtype(layer))))
-
-        return OutputLayer(project, self.vocab_size, list(layer.parameters()), weight, dtype)
 
     def _watched_base(self, hidden: Tensor, targets: Tensor) -> list[_Metric]:
         """The loss of a frozen base model, which is only watched."""
         watched = slice(None, None, BASE_LOSS_SAMPLE if self.lm.training else 1)
         rows = hidden[watched]
         with torch.no_grad():
-            _, (sums,) = chunked_loss([Prediction(rows, targets[watched, 0], self._output_layer(self.lm_head))])
+            _, (sums,) = chunked_loss([Prediction(rows, targets[watched, 0], self.layers.of(self.lm_head))])
         return [(sums.cross_entropy, _count(rows))]
 
     def _base_metrics(self, sums: LossSums, rows: Tensor) -> list[_Metric]:
@@ -318,16 +352,23 @@ class _MicroBatch:
             metrics += [(sums.cross_entropy, _count(rows)), (sums.kl, _count(rows))]
         return metrics
 
-    def _head_metrics(self, sums: Sequence[LossSums], counted: Sequence[Tensor], rows: Tensor) -> list[_Metric]:
-        """Each head's loss and accuracies, and the acceptance length: heads that are right in a row, and the base token."""
+    def _head_metrics(
+        self, sums: Sequence[LossSums], counted: Sequence[Tensor], learnt: Sequence[Tensor], rows: Tensor
+    ) -> list[_Metric]:
+        """Each head's loss and accuracies, and the acceptance length: heads that are right in a row, and the base token.
+
+        Targets that a head cannot choose are in no loss, and misses in what it gets right.
+        """
         metrics = []
         correct = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
         accepted = _count(rows).double()
-        for of_head, chosen in zip(sums, counted, strict=True):
+        for of_head, has_target, chosen in zip(sums, counted, learnt, strict=True):
             metrics.append((of_head.loss, chosen.sum()))
             if of_head.correct is not None and of_head.topk_hits is not None:
-                metrics.append((of_head.correct.sum(), chosen.sum()))
+                metrics.append((of_head.correct.sum(), has_target.sum()))
                 sampled = torch.tensor(of_head.topk_rows, device=rows.device)
+                if self.heads.token_map is not None:  # a sample of what it can choose stands for all that it is asked
+                    sampled = sampled * has_target.sum() / chosen.sum().clamp(min=1)
                 metrics += [(hits, sampled) for hits in of_head.topk_hits[1:]]
                 correct &= torch.zeros_like(correct).masked_scatter(chosen, of_head.correct)
                 accepted += correct.sum()
@@ -342,29 +383,3 @@ class _MicroBatch:
 
 def _count(rows: Tensor) -> Tensor:
     return torch.tensor(rows.shape[0], device=rows.device)
-
-
-def _compute_dtype(layer: nn.Module) -> torch.dtype:
-    """What the layer's matmul is computed in."""
-    weight = frozen_output_embedding(layer).weight
-    kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return matmul_dtype(dtype, weight.device)
-
-
-def _weight_dtype(layer: nn.Module) -> torch.dtype:
-    dtype: torch.dtype = frozen_output_embedding(layer).weight.dtype
-    return dtype
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Switches dropout off: what is frozen must answer in training as it does when it is served."""
-    training = module.training
-    if training:
-        module.eval()
-    try:
-        yield
-    finally:
-        if training:
-            module.train()

@@ -209,6 +209,7 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
         self._written = trainer.medusa_written
         try:
             trainer.choose_checkpoint()
+            trainer.choose_draft_vocab()
             trainer.open_hidden_cache()
         except ValueError as error:
             raise stop(str(error)) from None
@@ -261,8 +262,9 @@ def attach(cfg: DictDefault, model: nn.Module) -> None:
         cfg.medusa_lm_head,
         dtype=heads_dtype(model, cfg),
         device=None if device.type == "meta" else device,
+        draft_vocab=cfg.medusa_draft_vocab,
     )
-    if heads.form == "separate":
+    if heads.form != "shared":
         with acting_output_layer(model) as weight:
             if not weight.is_meta:  # else another rank holds the model, and FSDP hands its heads to this one
                 heads.start_output_layers_from(weight)

@@ -27,7 +27,9 @@ from axolotl_medusa.model.anatomy import (
     recompute_layers,
 )
 from axolotl_medusa.model.heads import attached_heads
+from axolotl_medusa.model.heads_directory import acting_output_layer
 from axolotl_medusa.training.datasets import token_columns_only
+from axolotl_medusa.training.draft_vocab import coverage, label_counts, most_frequent
 from axolotl_medusa.training.epoch_shuffle import EpochShuffle
 from axolotl_medusa.training.hidden_cache import (
     CachedRows,
@@ -75,6 +77,8 @@ def objective_of(cfg: DictDefault) -> Objective:
         kl_coefficient=cfg.medusa_kl_coefficient,
         distillation_regularization=cfg.medusa_distillation_regularization,
         head_loss=cfg.medusa_head_loss,
+        head_weighting=cfg.medusa_head_weighting,
+        chain_smoothing=cfg.medusa_chain_smoothing,
         logging=cfg.medusa_logging,
         logging_topk=cfg.medusa_logging_topk,
     )
@@ -159,6 +163,29 @@ class MedusaTrainer(InterruptibleTrainer):
             cfg.auto_resume_from_checkpoints = False
         elif cfg.resume_from_checkpoint is None:  # by its name: other machines may have output_dir elsewhere
             cfg.resume_from_checkpoint = str(Path(cfg.output_dir) / Path(choice.checkpoint).name)
+
+    def choose_draft_vocab(self) -> None:
+        """Chooses the tokens of a draft vocabulary and says what they cover; heads that go on from others keep theirs.
+
+        Raises:
+            ValueError: The training data is streamed.
+        """
+        heads, cfg = attached_heads(self.model), self.medusa_cfg
+        if heads.token_map is None:
+            return
+        counts = label_counts(self.train_dataset, heads.vocab_size)
+        if cfg.medusa_init_from:
+            chosen = coverage(heads.token_map.cpu(), counts)
+        else:
+            chosen = most_frequent(counts, len(heads.token_map))
+            heads.choose_tokens(chosen.tokens)
+            with acting_output_layer(self.model) as weight:
+                heads.start_output_layers_from(weight)
+        share = chosen.covered / max(1, chosen.total)
+        LOG.info(
+            f"heads choose among {len(chosen.tokens):,} of {heads.vocab_size:,} tokens, which are {share:.2%} of the "
+            f"{chosen.total:,} answer tokens in the training data"
+        )
 
     def open_hidden_cache(self) -> None:
         """Opens the `medusa_hidden_cache` of this model and training data, if the YAML wants one, and says how large it is.

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from axolotl_medusa.training.args import MedusaArgs, unknown_key_problems
 from axolotl_medusa.training.divided_models import fsdp_problems
 from axolotl_medusa.training.learning_rates import learning_rate_problems
-from axolotl_medusa.training.named_files import file_problems, is_file, named_path
+from axolotl_medusa.training.named_files import divides_weights, file_problems, is_file, named_path
 from axolotl_medusa.training.refused_keys import refused_key_problems
 from axolotl_medusa.training.schedule import parse_schedule
 
@@ -43,12 +43,14 @@ def config_problems(cfg: Mapping[str, Any], missing_fsdp_version: int = 1) -> li
         args = MedusaArgs.model_validate({"medusa_num_heads": 1, **good})  # contradictions are reported in the same run
     problems += _schedule_problems(args)
     problems += _base_loss_problems(args, cfg)
+    problems += _weighting_problems(args)
     problems += _layer_problems(args, cfg)
     if "medusa_num_heads" not in bad:
         problems += _size_problems(args, cfg)
     problems += _trainer_problems(args, cfg)
     problems += fsdp_problems(cfg, missing_fsdp_version)
     problems += _hidden_cache_problems(args, cfg)
+    problems += _draft_vocab_problems(args, cfg)
     problems += file_problems(args, cfg, bad)
     problems += learning_rate_problems(args, cfg)
     problems += refused_key_problems(args, cfg)
@@ -115,6 +117,16 @@ def _base_loss_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _weighting_problems(args: MedusaArgs) -> list[str]:
+    unused = {"decay": "medusa_chain_smoothing", "chain": "medusa_decay_coefficient"}[args.medusa_head_weighting]
+    if getattr(args, unused) == MedusaArgs.model_fields[unused].default:
+        return []
+    return [
+        f"{unused} is {getattr(args, unused)} with medusa_head_weighting: {args.medusa_head_weighting}, which does not use it; "
+        "remove one of the two"
+    ]
+
+
 def _layer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
     problems = []
     adapter = cfg.get("adapter")
@@ -171,6 +183,22 @@ def _trainer_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"{key} is {value}: targets of Medusa heads reach across its parts and it is not supported; remove it"
             )
+    return problems
+
+
+def _draft_vocab_problems(args: MedusaArgs, cfg: Mapping[str, Any]) -> list[str]:
+    if args.medusa_draft_vocab is None:
+        return []
+    problems = [
+        f"medusa_draft_vocab counts the tokens of all samples beforehand, which {key} does not tell; remove one"
+        for key in ("streaming", "pretraining_dataset")
+        if cfg.get(key)
+    ]
+    if divides_weights(cfg):
+        problems.append(
+            "medusa_draft_vocab takes rows of lm_head once the data is known, and ZeRO-3 and FSDP have divided it by then; train "
+            "with DDP or ZeRO-1 or 2, or remove medusa_draft_vocab"
+        )
     return problems
 
 
