@@ -40,7 +40,7 @@ def random_model() -> LlamaForCausalLM:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.mul_(8.0 if "lm_head" in name else 3.0)
+                parameter.mul_(16.0 if "lm_head" in name else 3.0)
     return model
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from axolotl_medusa.serving.vllm_drafter import MedusaDrafter
-from axolotl_medusa.serving.vllm_interface import _LORA_OUTPUT, ARGUMENTS
+from axolotl_medusa.serving.vllm_interface import _LORA_OUTPUT, ARGUMENTS, expanded
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = ROOT / ".venv-vllm" / "lib"
@@ -131,6 +131,16 @@ def test_runner_drafts_after_the_sampled_tokens_are_known(vllm):
     source = ast.unparse(class_of(vllm, RUNNER, "GPUModelRunner"))
     assert "propose_draft_token_ids(valid_sampled_token_ids)" in source
     assert "sample_hidden_states = hidden_states[logits_indices]" in source
+
+
+def test_sampling_spreads_temperatures_with_a_function_of_its_module(vllm):
+    """On a CPU the drafter puts another in its place where it does not."""
+    source = parsed(vllm / "v1/sample/rejection_sampler.py")
+    functions = {node.name: node for node in source.body if isinstance(node, ast.FunctionDef)}
+    arguments = [argument.arg for argument in functions["expand_batch_to_tokens"].args.args]
+    assert arguments == ["x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"]
+    assert list(inspect.signature(expanded).parameters) == arguments
+    assert "expand_batch_to_tokens(" in ast.unparse(functions["apply_sampling_constraints"])
 
 
 def test_method_makes_vllm_take_the_runner_that_has_it(vllm):

@@ -11,7 +11,15 @@ from fake_vllm import Target, fake_vllm, vllm_config
 from torch import nn
 
 from axolotl_medusa.serving import vllm_interface
-from axolotl_medusa.serving.vllm_interface import ARGUMENTS, OutputLayer, check_interface, read_options, watch_steps
+from axolotl_medusa.serving.vllm_interface import (
+    ARGUMENTS,
+    OutputLayer,
+    check_interface,
+    expanded,
+    read_options,
+    repair_sampling,
+    watch_steps,
+)
 from axolotl_medusa.vllm_drafter import MedusaDrafter
 
 KNOWN = r"^MedusaDrafter works with vLLM 0\.32 and 0\.33, and in vLLM \S+.* "
@@ -163,3 +171,59 @@ def test_heads_are_found_below_the_users_home(monkeypatch, tmp_path):
     config = vllm_config(tmp_path)
     config.additional_config["medusa_heads"] = "~/heads"
     assert read_options(config).heads == tmp_path / "heads"
+
+
+def naive_expansion(values, ends, replace_from=None, replace_to=None):
+    begins = [0, *ends[:-1]]
+    spread = [value for value, begin, end in zip(values, begins, ends, strict=True) for _ in range(begin, end)]
+    return [replace_to if value == replace_from else value for value in spread]
+
+
+@pytest.mark.parametrize("ends", [[1], [2, 2, 5], [0, 0, 3], [4, 8, 12]])
+def test_values_of_requests_are_spread_over_their_rows(ends):
+    values = [0.7, 0.0, 1.3][: len(ends)]
+    found = expanded(torch.tensor(values), torch.tensor(ends, dtype=torch.int32), ends[-1], 0, 1)
+    assert torch.equal(found, torch.tensor(naive_expansion(values, ends, 0.0, 1.0)))
+    whole = torch.tensor([5, 0, 7][: len(ends)], dtype=torch.int32)
+    found = expanded(whole, torch.tensor(ends, dtype=torch.int32), ends[-1])
+    assert found.tolist() == naive_expansion(whole.tolist(), ends, 0, 0)
+    assert found.dtype == torch.int32
+
+
+def rejection_sampler(monkeypatch, function):
+    """Puts vLLM's module of that name in place, with its function that spreads temperatures."""
+    import sys
+    from types import ModuleType
+
+    fake_vllm(monkeypatch)
+    for name in ("vllm.v1.sample", "vllm.v1.sample.rejection_sampler"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    module = sys.modules["vllm.v1.sample.rejection_sampler"]
+    sys.modules["vllm.v1.sample"].rejection_sampler = module
+    module.expand_batch_to_tokens = function
+    return module
+
+
+def test_sampling_that_divides_by_whole_numbers_is_repaired(monkeypatch):
+    def as_on_a_cpu(x, ends, num_tokens, replace_from=0, replace_to=0):
+        return torch.zeros(num_tokens)
+
+    module = rejection_sampler(monkeypatch, as_on_a_cpu)
+    assert repair_sampling()
+    assert module.expand_batch_to_tokens is expanded
+    assert not repair_sampling()
+
+
+def test_sampling_that_is_right_is_left_alone(monkeypatch):
+    def right(*arguments):
+        return expanded(*arguments)
+
+    module = rejection_sampler(monkeypatch, right)
+    assert not repair_sampling()
+    assert module.expand_batch_to_tokens is right
+
+
+def test_sampling_that_is_called_otherwise_ends_in_one_line(monkeypatch):
+    rejection_sampler(monkeypatch, lambda x: x)
+    with pytest.raises(RuntimeError, match=KNOWN + "expand_batch_to_tokens fails"):
+        repair_sampling()

@@ -20,6 +20,7 @@ from axolotl_medusa.serving.vllm_interface import (
     Ranks,
     check_interface,
     read_options,
+    repair_sampling,
     unknown_vllm,
     watch_steps,
 )
@@ -58,6 +59,8 @@ class MedusaDrafter:
         Raises:
             ValueError: The heads do not belong to the model, or a file beside them is damaged.
         """
+        if next(target.parameters()).device.type == "cpu" and repair_sampling():
+            LOG.info("Medusa: this vLLM's sampling with drafts at a temperature is repaired")
         self.take_heads(target, Ranks())
 
     def take_heads(self, target: nn.Module, ranks: Any) -> None:

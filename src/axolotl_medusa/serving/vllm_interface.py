@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from axolotl_medusa.serving.heads_drafter import Options, Step
@@ -132,6 +133,36 @@ def watched(method: Callable[..., Any]) -> Callable[..., Any]:
 
     setattr(propose_draft_token_ids, _WATCHED, True)
     return propose_draft_token_ids
+
+
+def repair_sampling() -> bool:
+    """Mends what vLLM 0.32 and 0.33 do on a CPU to requests with a temperature, whichever way they are drafted for.
+
+    Before drafts are verified, a step's logits are divided by each request's temperature, spread over its rows. There, on a
+    CPU, the temperatures are converted to integers and the result is written to a copy: logits are divided by whatever
+    was in memory.
+
+    Returns:
+        Whether this vLLM needed it.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    ends, right = torch.tensor([2, 3], dtype=torch.int32), torch.tensor([0.7, 0.7, 1.3])
+    try:
+        found = rejection_sampler.expand_batch_to_tokens(right[1:], ends, 3, 0, 1)
+    except (TypeError, RuntimeError) as error:
+        raise unknown_vllm(f"expand_batch_to_tokens fails ({error})") from error
+    if torch.equal(found, right):
+        return False
+    rejection_sampler.expand_batch_to_tokens = expanded
+    return True
+
+
+def expanded(x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> Tensor:
+    """Values of requests, spread over their rows: `[a, b]` and ends `[2, 3]` are `[a, a, b]`; one value may be replaced."""
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    values = x.repeat_interleave(counts.long(), output_size=num_tokens)
+    return torch.where(values == replace_from, torch.full_like(values, replace_to), values)
 
 
 class OutputLayer:
