@@ -131,7 +131,7 @@ def usual_runs(runs: Runs, directory: Path) -> None:
 
 def narrow_runs(runs: Runs, directory: Path) -> None:
     usual, alike = prompts(40), with_shared_beginnings(40)
-    narrow = {"max_num_batched_tokens": 40, "num_gpu_blocks_override": 30, "block_size": 32}
+    narrow = {"max_num_batched_tokens": 40, "num_gpu_blocks_override": 14, "block_size": 32}
     short = {"max_model_len": 64, "max_num_seqs": 8}
     runs.add("alike plain", alike, different_ends(40))
     for adaptive in (False, True):
