@@ -27,6 +27,7 @@ USAGE = {
     "generate": ["heads", "--prompt", "Hello"],
     "chat": ["heads"],
     "demo": ["heads"],
+    "serve": ["out"],
     "plot": ["out"],
 }
 

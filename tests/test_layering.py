@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "training": {"losses", "model"},
     "estimating": {"losses", "model", "training"},
     "measuring": {"decoding", "model"},
-    "terminal": {"decoding", "measuring", "model"},
+    "terminal": {"decoding", "measuring", "model", "serving"},
 }
 """What the modules of a room may import of ours, inside functions too: their own room and these."""
 
@@ -71,7 +71,9 @@ STAYS_LIGHT = {
     "serving.format_rules",
     "serving.head_names",
     "serving.model_card",
+    "serving.chat_templates",
     "serving.push",
+    "serving.vllm_install",
     "terminal.outputs",
     "terminal.prompts",
     "training.args",

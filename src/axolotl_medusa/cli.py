@@ -29,11 +29,13 @@ class Command(NamedTuple):
         summary: What it does, for `--help`.
         add_arguments: Adds its arguments to its parser.
         run: Does it with the parsed arguments; ValueError, OSError and RuntimeError are the user's to read.
+        passes_on: Whether arguments that its parser does not know are another program's; they are in `others`.
     """
 
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+    passes_on: bool = False
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -255,6 +257,42 @@ def _estimate(options: argparse.Namespace) -> None:
     print(json.dumps(found.to_json(), indent=2) if options.json else text_of(found))
 
 
+def _vllm_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all commands that start vLLM have in common."""
+    parser.add_argument(
+        "output_dir",
+        metavar="OUTPUT_DIR",
+        help="an output_dir, a checkpoint in it, a medusa_heads, or an export for vLLM",
+    )
+    parser.add_argument("--base-model", metavar="M", help="directory or Hub name; by default what training wrote down")
+    parser.add_argument(
+        "--vllm-python",
+        metavar="PYTHON",
+        help="the interpreter that vLLM is installed for (default: this one, else .venv-vllm/bin/python)",
+    )
+    parser.add_argument(
+        "--draft-tokens", type=int, metavar="K", help="tokens to draft at most (default: as many as there are heads)"
+    )
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    _vllm_arguments(parser)
+    parser.add_argument(
+        "--method",
+        choices=("auto", "drafter", "built-in", "none"),
+        default="auto",
+        help="drafter: ours, which drafts what pays; built-in: Medusa of vLLM<0.33; none: without heads (default: auto)",
+    )
+    parser.add_argument("--fixed", action="store_true", help="our drafter always drafts all K tokens")
+    parser.add_argument("--dry-run", action="store_true", help="print the command, and neither merge nor run anything")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from axolotl_medusa.terminal.server_commands import run_serve
+
+    run_serve(options)
+
+
 COMMANDS = {
     "estimate": Command(
         "compute memory and time of a training before anything is loaded", _estimate_arguments, _estimate
@@ -267,6 +305,12 @@ COMMANDS = {
     "generate": Command("answer a prompt with Medusa decoding", _generate_arguments, _generate),
     "chat": Command("chat in the terminal with Medusa decoding", _answer_arguments, _chat),
     "demo": Command("show plain and Medusa decoding of a prompt beside each other", _demo_arguments, _demo),
+    "serve": Command(
+        "serve heads with vLLM; options that are not listed here are vLLM's own, such as --port",
+        _serve_arguments,
+        _serve,
+        passes_on=True,
+    ),
     "plot": Command("draw losses and accuracies of a training run", _plot_arguments, _plot),
 }
 
@@ -287,8 +331,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "axolotl-medusa") -> int
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.add_arguments(subparsers.add_parser(name, help=command.summary, description=command.summary))
-    options = parser.parse_args(argv)
+        command.add_arguments(
+            subparsers.add_parser(
+                name, help=command.summary, description=command.summary, allow_abbrev=not command.passes_on
+            )
+        )
+    options, others = parser.parse_known_args(argv)
+    if COMMANDS[options.command].passes_on:
+        options.others = others[1:] if others[:1] == ["--"] else others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("axolotl_medusa").setLevel(logging.INFO)
     for name in _NOISE:
