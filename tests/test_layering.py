@@ -67,6 +67,7 @@ STAYS_LIGHT = {
     "model.secrets",
     "model.wrapped_names",
     "cpu_instructions",
+    "serving.draft_plan",
     "serving.export_files",
     "serving.format_rules",
     "serving.head_names",
