@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "training": {"losses", "model"},
     "estimating": {"losses", "model", "training"},
     "measuring": {"decoding", "model"},
-    "terminal": {"decoding", "measuring", "model", "serving"},
+    "live": {"decoding", "measuring", "model", "serving"},
+    "terminal": {"decoding", "live", "measuring", "model", "serving"},
 }
 """What the modules of a room may import of ours, inside functions too: their own room and these."""
 
@@ -57,6 +58,10 @@ STAYS_LIGHT = {
     "errors",
     "estimating.plan",
     "estimating.sizes",
+    "live.chain",
+    "live.counters",
+    "live.default_prompts",
+    "live.server",
     "measuring.plots",
     "measuring.training_plots",
     "measuring.tree_search",

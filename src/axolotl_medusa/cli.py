@@ -293,6 +293,19 @@ def _serve(options: argparse.Namespace) -> None:
     run_serve(options)
 
 
+def _check_server_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", metavar="URL", help="address of a vLLM server, with or without /v1; nobody else asks it")
+    _decoding_arguments(parser, max_new_tokens=64)
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL: id, prompt or messages (default: 16 of our own)")
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N prompts")
+
+
+def _check_server(options: argparse.Namespace) -> None:
+    from axolotl_medusa.terminal.server_commands import run_check_server
+
+    run_check_server(options)
+
+
 COMMANDS = {
     "estimate": Command(
         "compute memory and time of a training before anything is loaded", _estimate_arguments, _estimate
@@ -310,6 +323,9 @@ COMMANDS = {
         _serve_arguments,
         _serve,
         passes_on=True,
+    ),
+    "check-server": Command(
+        "say why a server accepts less than the heads allow", _check_server_arguments, _check_server
     ),
     "plot": Command("draw losses and accuracies of a training run", _plot_arguments, _plot),
 }
