@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +40,19 @@ def examples(model: nn.Module, prompt: list[int], max_new_tokens: int, num_heads
     return hidden[: len(targets)], targets
 
 
-def train(heads: MedusaHeads, hidden: Tensor, targets: Tensor, steps: int) -> float:
+def train(heads: MedusaHeads, lm_head: Tensor, hidden: Tensor, targets: Tensor, steps: int) -> float:
     """Trains heads with cross-entropy among the tokens that the answers have; returns the last step's loss.
 
     Other rows of the output layers stay as they are: they are lm_head's, which seldom prefers a token that is in no answer.
+    Heads that share lm_head train their blocks alone.
     """
     tokens, wanted = torch.unique(targets, return_inverse=True)
-    layers = [cast(nn.Linear, heads.output_layer(head)) for head in range(heads.num_heads)]
-    rows = [layer.weight.detach()[tokens].requires_grad_() for layer in layers]
+    layers = [heads.output_layer(head) for head in range(heads.num_heads)]
+    own = [layer for layer in layers if layer is not None]
+    rows = [(lm_head if layer is None else layer.weight).detach()[tokens] for layer in layers]
+    trained = [row.requires_grad_() for row in rows] if own else []
     blocks = [parameter for head in range(heads.num_heads) for parameter in heads.blocks(head).parameters()]
-    optimizer = torch.optim.AdamW([*blocks, *rows], LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([*blocks, *trained], LEARNING_RATE, weight_decay=0.0)
     loss = torch.zeros(())
     for _ in range(steps):
         logits = torch.stack([heads.hidden(head, hidden) @ weight.T for head, weight in enumerate(rows)], 1)
@@ -58,7 +61,7 @@ def train(heads: MedusaHeads, hidden: Tensor, targets: Tensor, steps: int) -> fl
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        for layer, weight in zip(layers, rows, strict=True):
+        for layer, weight in zip(own, trained, strict=True):
             layer.weight[tokens] = weight
     return float(loss.detach())
 
@@ -79,20 +82,23 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=8, help="prompts to learn by heart (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--num-heads", type=int, default=3)
+    parser.add_argument(
+        "--form", choices=("separate", "shared"), default="separate", help="of the heads (default: separate)"
+    )
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval().requires_grad_(False)
     vocab_size, hidden_size = embedding_shape(output_embedding(model))
-    heads = MedusaHeads(hidden_size, vocab_size, args.num_heads)
+    heads = MedusaHeads(hidden_size, vocab_size, args.num_heads, form=args.form)
     heads.start_output_layers_from(output_embedding(model).weight)
     if args.steps:
         begun = time.perf_counter()
         prompts = [prompt_tokens(tokenizer, row) for row in read_prompts(args.prompts, args.limit)]
         rows = [examples(model, prompt, args.max_new_tokens, args.num_heads) for prompt in prompts]
         hidden, targets = (torch.cat(parts) for parts in zip(*rows, strict=True))
-        loss = train(heads, hidden, targets, args.steps)
+        loss = train(heads, output_embedding(model).weight, hidden, targets, args.steps)
         print(f"{len(targets)} positions, {args.steps} steps, loss {loss:.3f}, {time.perf_counter() - begun:.0f} s")
     write(args.heads, model, heads, args.model)
     print(f"written to {args.heads}")

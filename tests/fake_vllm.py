@@ -1,49 +1,110 @@
-"""An interpreter with a package `vllm` that has the files and the entry point of one, and no engine.
-
-Started as `python -m vllm.entrypoints.cli.main serve ...` it writes its arguments and what it imports to a file, says
-`serving`, and waits for a signal.
-"""
+"""vLLM's parts that the drafter touches, faked: its modules, a configuration, a model, a runner and its steps."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
-MAIN = """
-import json, os, pathlib, signal, sys
+import pytest
+import torch
+from drafter_heads import HEADS, HIDDEN, SIZES, VOCAB
+from torch import nn
 
-def end(number, frame):
-    print("ended by", signal.Signals(number).name, flush=True)
-    sys.exit(7)
-
-signal.signal(signal.SIGTERM, end)
-import axolotl_medusa
-said = {"arguments": sys.argv[1:], "package": axolotl_medusa.__file__, "path": sys.path, "pid": os.getpid()}
-pathlib.Path(os.environ["FAKE_VLLM_OUT"]).write_text(json.dumps(said))
-print("serving", flush=True)
-while True:
-    signal.pause()
-"""
+CONTEXT = 100
 
 
-def fake_vllm(directory: Path, version: str = "0.32.0", *, classes: bool = True, medusa: bool = True) -> Path:
-    """Writes the package and its interpreter; returns the interpreter."""
-    site = directory / "site"
-    package = site / "vllm"
-    for name, wanted in (("custom_class_proposer", classes), ("medusa", medusa)):
-        (package / "v1" / "spec_decode").mkdir(parents=True, exist_ok=True)
-        if wanted:
-            (package / "v1" / "spec_decode" / f"{name}.py").touch()
-    (package / "entrypoints" / "cli").mkdir(parents=True, exist_ok=True)
-    for folder in (package, package / "entrypoints", package / "entrypoints" / "cli"):
-        (folder / "__init__.py").touch()
-    (package / "entrypoints" / "cli" / "main.py").write_text(MAIN)
-    info = site / f"vllm-{version}.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-    python = directory / "bin" / "python"
-    python.parent.mkdir(parents=True, exist_ok=True)
-    # Without the test's own environment: what it finds of this package, `serve` has put there.
-    python.write_text(f'#!/bin/sh\nPYTHONPATH="{site}:$PYTHONPATH" exec {sys._base_executable} "$@"\n')
-    python.chmod(0o755)
-    return python
+@dataclasses.dataclass
+class SchedulerOutput:
+    total_num_scheduled_tokens: int
+
+
+@dataclasses.dataclass
+class SpecDecodeMetadata:
+    num_draft_tokens: list[int]
+
+
+class Target(nn.Module):
+    """A served model: its output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False)
+        self.calls: list[int] = []
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        self.calls.append(len(hidden_states))
+        logits: torch.Tensor = self.lm_head(hidden_states)
+        return logits
+
+
+class OneRank:
+    rank, count = 0, 1
+
+
+def fake_vllm(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str] | None = None) -> type:
+    """Puts vLLM's modules in place; returns its model runner, whose method has these arguments."""
+
+    class GPUModelRunner:
+        drafter: Any
+
+        def propose_draft_token_ids(
+            self, scheduler_output: Any, sampled_token_ids: Any, sample_hidden_states: Any, spec_decode_metadata: Any
+        ) -> Any:
+            return self.drafter.propose(sampled_token_ids, self.input_batch.num_tokens, None, slot_mappings=None)
+
+    if arguments is not None:
+        code = f"def propose_draft_token_ids(self, {', '.join(arguments)}): pass"
+        names: dict[str, Any] = {}
+        exec(code, names)
+        GPUModelRunner.propose_draft_token_ids = names["propose_draft_token_ids"]  # type: ignore[method-assign]
+    places = {
+        "vllm.v1.worker.gpu_model_runner": {"GPUModelRunner": GPUModelRunner},
+        "vllm.v1.core.sched.output": {"SchedulerOutput": SchedulerOutput},
+        "vllm.v1.spec_decode.metadata": {"SpecDecodeMetadata": SpecDecodeMetadata},
+    }
+    for name, content in places.items():
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            module = ModuleType(".".join(parts[:length]))
+            module.__path__ = []  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, module.__name__, sys.modules.get(module.__name__, module))
+        for key, value in content.items():
+            setattr(sys.modules[name], key, value)
+    return GPUModelRunner
+
+
+def vllm_config(heads: Path, drafts: int = HEADS, stages: int = 1, **additional: Any) -> SimpleNamespace:
+    """A configuration of vLLM's that serves the heads."""
+    model = SimpleNamespace(
+        dtype=torch.float32,
+        max_model_len=CONTEXT,
+        get_hidden_size=lambda: SIZES["hidden_size"],
+        get_vocab_size=lambda: SIZES["vocab_size"],
+    )
+    return SimpleNamespace(
+        additional_config={"medusa_heads": str(heads), **additional},
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        speculative_config=SimpleNamespace(num_speculative_tokens=drafts),
+        model_config=model,
+    )
+
+
+def step(
+    runner: Any,
+    names: Sequence[str],
+    sampled: list[list[int]],
+    drafts: list[int],
+    states: torch.Tensor,
+    lengths: Sequence[int] | None = None,
+    tokens: int | None = None,
+) -> list[list[int]]:
+    """Ends a step of the runner as vLLM does; returns what was drafted."""
+    lengths = [10] * len(sampled) if lengths is None else lengths
+    runner.input_batch = SimpleNamespace(req_ids=list(names), num_tokens=lengths)
+    output = SchedulerOutput(len(states) if tokens is None else tokens)
+    found: list[list[int]] = runner.propose_draft_token_ids(output, sampled, states, SpecDecodeMetadata(drafts))
+    return found

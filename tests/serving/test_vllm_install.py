@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_vllm import fake_vllm
+from fake_vllm_install import fake_vllm
 
 import axolotl_medusa
 from axolotl_medusa.serving import vllm_install

@@ -14,7 +14,7 @@ import pytest
 from decoding_models import varied_model
 from example_tokenizers import make_tokenizer
 from exports import trained
-from fake_vllm import fake_vllm
+from fake_vllm_install import fake_vllm
 from fake_vllm_server import FakeVllm, serving
 from training_outputs import save_base, write_run
 from transformers import AutoTokenizer
