@@ -26,7 +26,37 @@ while True:
 """
 
 
-def fake_vllm(directory: Path, version: str = "0.32.0", *, classes: bool = True, medusa: bool = True) -> Path:
+SERVER = """
+import json, os, pathlib, sys
+sys.path.append({tests!r})
+from fake_streaming import Streaming
+
+def option(name):
+    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else None
+
+speculative, additional = (json.loads(option(name) or "{{}}") for name in ("--speculative-config", "--additional-config"))
+if option("--fails"):
+    print("Traceback ...")
+    print("RuntimeError:", option("--fails"))
+    sys.exit(3)
+drafts = speculative.get("num_speculative_tokens")
+with pathlib.Path(os.environ["FAKE_VLLM_OUT"]).open("a") as started:
+    started.write(json.dumps([speculative, additional, os.getpid()]) + "\\n")
+record = additional.get("medusa_record")
+if record:
+    head = {{"edges": [0.0, 0.5, 1.0], "acceptance": [0.2, 0.8], "drafts": [3, 4]}}
+    calibration = {{"format": 1, "heads": [head] * drafts}}
+    plan = {{"format": 1, "step_s": {{str(1 + drafts): 0.1 * drafts, "64": 1.0 + drafts}}, "heads_s": {{str(drafts): 0.01}}}}
+    pathlib.Path(record, "draft_calibration.json").write_text(json.dumps(calibration))
+    pathlib.Path(record, "plan.json").write_text(json.dumps(plan))
+Streaming(int(option("--port")), tokens=4, token_s=0.004 / (1 + (drafts or 0)), drafts=drafts).serve_forever()
+"""
+"""Serves in `fake_streaming`, the faster the more it drafts, and records as our drafter does."""
+
+
+def fake_vllm(
+    directory: Path, version: str = "0.32.0", *, classes: bool = True, medusa: bool = True, main: str = MAIN
+) -> Path:
     """Writes the package and its interpreter; returns the interpreter."""
     site = directory / "site"
     package = site / "vllm"
@@ -37,7 +67,9 @@ def fake_vllm(directory: Path, version: str = "0.32.0", *, classes: bool = True,
     (package / "entrypoints" / "cli").mkdir(parents=True, exist_ok=True)
     for folder in (package, package / "entrypoints", package / "entrypoints" / "cli"):
         (folder / "__init__.py").touch()
-    (package / "entrypoints" / "cli" / "main.py").write_text(MAIN)
+    (package / "entrypoints" / "cli" / "main.py").write_text(
+        main.format(tests=str(Path(__file__).parent)) if main is SERVER else main
+    )
     info = site / f"vllm-{version}.dist-info"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")

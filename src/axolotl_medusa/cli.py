@@ -293,6 +293,32 @@ def _serve(options: argparse.Namespace) -> None:
     run_serve(options)
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _vllm_arguments(parser)
+    parser.add_argument(
+        "--concurrency", default="1,2,4,8,16,32,64", metavar="N,N,...", help="requests at a time (default: %(default)s)"
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL: id, prompt or messages (default: 16 of our own)")
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N prompts")
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="per answer (default: 64)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds in alternation (default: 3)")
+    parser.add_argument(
+        "--server",
+        action="append",
+        metavar="[NAME=]URL",
+        help="measure this server instead of starting any; again for each (plain=URL is what others are compared with)",
+    )
+    parser.add_argument(
+        "--logs", metavar="DIR", help="keep what the servers print here (default: a temporary directory)"
+    )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from axolotl_medusa.terminal.plan_command import run_plan
+
+    run_plan(options)
+
+
 def _check_server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", metavar="URL", help="address of a vLLM server, with or without /v1; nobody else asks it")
     _decoding_arguments(parser, max_new_tokens=64)
@@ -322,6 +348,12 @@ COMMANDS = {
         "serve heads with vLLM; options that are not listed here are vLLM's own, such as --port",
         _serve_arguments,
         _serve,
+        passes_on=True,
+    ),
+    "plan": Command(
+        "measure a server by load, with and without heads; options that are not listed here are vLLM's own",
+        _plan_arguments,
+        _plan,
         passes_on=True,
     ),
     "check-server": Command(

@@ -20,8 +20,8 @@ from training_outputs import save_base, write_run
 from transformers import AutoTokenizer
 
 import axolotl_medusa
-from axolotl_medusa.live.default_prompts import DEFAULT_PROMPTS
 from axolotl_medusa.model.heads_directory import read_heads
+from axolotl_medusa.terminal.default_prompts import DEFAULT_PROMPTS
 
 PACKAGE = Path(axolotl_medusa.__file__).resolve().parent
 

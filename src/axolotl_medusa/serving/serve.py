@@ -43,12 +43,14 @@ class ServeOptions:
         draft_tokens: Tokens that are drafted at most, None for as many as there are heads.
         adaptive: Whether our drafter drafts only what pays; it drafts all of them otherwise.
         vllm_options: vLLM's own options, as they were given.
+        record: Where our drafter writes what it learns of acceptance and step times, None for nowhere.
     """
 
     method: Method = "auto"
     draft_tokens: int | None = None
     adaptive: bool = True
     vllm_options: tuple[str, ...] = ()
+    record: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,12 @@ def vllm_command(source: Source, vllm: Vllm, options: ServeOptions) -> VllmComma
         ValueError: The model is another than the one that the heads were trained with, or options contradict each other.
         RuntimeError: vLLM has no method that takes heads.
     """
-    heads = source.config["medusa_num_heads"]
-    tokens = heads if options.draft_tokens is None else options.draft_tokens
-    if not 1 <= tokens <= heads:
-        raise ValueError(f"{tokens} draft tokens were asked for, expected 1 to {heads}: there are {heads} heads")
+    tokens = most_draft_tokens(source, options.draft_tokens)
     method = _method(vllm, options.method)
     given, additional = _without_additional(options.vllm_options)
     check_model(source)
     model, names = _model(source, given)
-    speculation = [] if method == "none" else _speculation(source, method, tokens, additional, options.adaptive)
+    speculation = [] if method == "none" else _speculation(source, method, tokens, additional, options)
     if additional and method != "drafter":
         speculation += ["--additional-config", json.dumps(additional)]
     program = [str(vllm.python), "-m", "vllm.entrypoints.cli.main", "serve", model]
@@ -121,6 +120,18 @@ def vllm_command(source: Source, vllm: Vllm, options: ServeOptions) -> VllmComma
     needs_merge = source.model_kind == "adapter" and not is_merged(source)
     notes = tuple(_notes(source))
     return VllmCommand([*program, *names, *speculation, *given], environment, notes, needs_merge)
+
+
+def most_draft_tokens(source: Source, asked: int | None) -> int:
+    """Tokens to draft at most: what was asked for, else as many as there are heads.
+
+    Raises:
+        ValueError: There are fewer heads.
+    """
+    heads: int = source.config["medusa_num_heads"]
+    if asked is not None and not 1 <= asked <= heads:
+        raise ValueError(f"{asked} draft tokens were asked for, expected 1 to {heads}: there are {heads} heads")
+    return heads if asked is None else asked
 
 
 def prepare(source: Source) -> None:
@@ -182,10 +193,16 @@ def _model(source: Source, given: Sequence[str]) -> tuple[str, list[str]]:
     return str(directory), ["--served-model-name", name]
 
 
-def _speculation(source: Source, method: Method, tokens: int, additional: dict[str, Any], adaptive: bool) -> list[str]:
+def _speculation(
+    source: Source, method: Method, tokens: int, additional: dict[str, Any], options: ServeOptions
+) -> list[str]:
     if method == "drafter":
         config = {"method": "custom_class", "model": DRAFTER, "num_speculative_tokens": tokens}
-        ours = {"medusa_heads": str(source.heads_dir.resolve()), **({} if adaptive else {"medusa_adaptive": False})}
+        ours: dict[str, Any] = {"medusa_heads": str(source.heads_dir.resolve())}
+        if not options.adaptive:
+            ours["medusa_adaptive"] = False
+        if options.record is not None:
+            ours["medusa_record"] = str(options.record)
         return ["--speculative-config", json.dumps(config), "--additional-config", json.dumps({**additional, **ours})]
     # vLLM takes the output layer beside the heads, so it has to be the merged model's.
     directory = merged_dir(source) if source.model_kind == "adapter" else source.heads_dir.resolve()

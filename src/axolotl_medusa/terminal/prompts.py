@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from axolotl_medusa.decoding.library_errors import one_line_for
 from axolotl_medusa.model.json_files import parse_json
+from axolotl_medusa.terminal.default_prompts import DEFAULT_PROMPTS
 
 MAX_PROMPTS = 100_000
 """Rows that are read where nothing says how many: they are all kept in memory."""
@@ -64,6 +65,18 @@ def read_prompts(file: str | Path, limit: int | None = None) -> list[Prompt]:
     if not prompts:
         raise ValueError(f'{file} holds no prompts, expected lines such as {{"id": "1", "prompt": "Hello"}}')
     return prompts
+
+
+def default_prompts(limit: int | None = None) -> list[Prompt]:
+    """The prompts that a server is asked where nobody names any.
+
+    Raises:
+        ValueError: `limit` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}, expected at least 1")
+    texts = enumerate(DEFAULT_PROMPTS[:limit], 1)
+    return [Prompt(str(number), ({"role": "user", "content": text},)) for number, text in texts]
 
 
 def prompt_tokens(tokenizer: Any, prompt: Prompt, settings: Mapping[str, Any] | None = None) -> list[int]:

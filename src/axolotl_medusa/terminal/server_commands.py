@@ -13,14 +13,13 @@ from typing import Any
 
 from axolotl_medusa.decoding.load_decoder import load_decoder
 from axolotl_medusa.live.check_server import Chat, Report, check_server
-from axolotl_medusa.live.default_prompts import DEFAULT_PROMPTS
 from axolotl_medusa.live.server import Server
 from axolotl_medusa.measuring.evaluate import PromptTokens, check_fits
 from axolotl_medusa.model.sources import find_source
 from axolotl_medusa.serving.merged_cache import merged_dir
 from axolotl_medusa.serving.serve import ServeOptions, find_served, prepare, vllm_command
 from axolotl_medusa.serving.vllm_install import find_vllm
-from axolotl_medusa.terminal.prompts import Prompt, prompt_tokens, read_prompts, turns_to_answer
+from axolotl_medusa.terminal.prompts import Prompt, default_prompts, prompt_tokens, read_prompts, turns_to_answer
 
 _API_KEY = "OPENAI_API_KEY"
 _SETTING = "enable_thinking"
@@ -74,12 +73,6 @@ def run_check_server(options: argparse.Namespace) -> None:
         sys.stdout.flush()
         raise RuntimeError("; ".join(report.causes))
     print("nothing is wrong: the server accepts what the heads allow")
-
-
-def default_prompts(limit: int | None = None) -> list[Prompt]:
-    """Prompts where nobody names any."""
-    prompts = enumerate(DEFAULT_PROMPTS[:limit], 1)
-    return [Prompt(str(number), ({"role": "user", "content": text},)) for number, text in prompts]
 
 
 def _template_settings(meta: Mapping[str, Any]) -> dict[str, Any]:
