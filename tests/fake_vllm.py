@@ -41,10 +41,6 @@ class Target(nn.Module):
         return logits
 
 
-class OneRank:
-    rank, count = 0, 1
-
-
 def fake_vllm(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str] | None = None) -> type:
     """Puts vLLM's modules in place; returns its model runner, whose method has these arguments."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from drafter_heads import HEADS, HIDDEN, VOCAB, export_for_vllm, write
-from fake_vllm import CONTEXT, OneRank, Target, fake_vllm, step, vllm_config
+from fake_vllm import CONTEXT, Target, fake_vllm, step, vllm_config
 
 from axolotl_medusa.serving.draft_plan import StepTimes, calibrate, read_plan, write_plan
+from axolotl_medusa.serving.heads_drafter import OneRank
 from axolotl_medusa.vllm_drafter import MedusaDrafter
 
 
@@ -138,11 +139,11 @@ def test_adaptive_drafts_nothing_before_a_plain_step_is_measured(serve):
 def test_what_was_verified_is_learnt_by_request_whatever_its_place(serve, tmp_path):
     runner, _ = serve(medusa_record=str(tmp_path / "record"))
     step(runner, "ab", [[1], [2]], [0, 0], torch.randn(2, HIDDEN))
-    bins = runner.drafter._drafted
+    bins = runner.drafter.drafter._drafted
     assert {name: len(own) for name, own in bins.items()} == {"a": HEADS, "b": HEADS}
     # b moved to the first place and had all of its drafts accepted, a is gone, c has drafts that are not ours.
     step(runner, "bc", [[1] * (HEADS + 1), [5]], [HEADS, 2], torch.randn(HEADS + 4, HIDDEN))
-    drafter = runner.drafter
+    drafter = runner.drafter.drafter
     assert (drafter._verified, drafter._accepted) == ([1] * HEADS, [1] * HEADS)
     counted = [sum(head.drafts) for head in drafter.chooser.acceptance.calibration().heads]
     assert counted == [1] * HEADS
@@ -153,7 +154,7 @@ def test_what_was_verified_is_learnt_by_request_whatever_its_place(serve, tmp_pa
 
 def test_steps_are_timed_where_they_read_no_prompt_and_go_on_from_the_last(serve):
     runner, _ = serve(medusa_adaptive=True)
-    times = runner.drafter.chooser.step_times
+    times = runner.drafter.drafter.chooser.step_times
     step(runner, "ab", [[1], [2]], [0, 0], torch.randn(2, HIDDEN), tokens=40)  # the prompts
     assert times.times() is None
     step(runner, "ab", [[1], [2]], [0, 0], torch.randn(2, HIDDEN))
@@ -164,7 +165,7 @@ def test_steps_are_timed_where_they_read_no_prompt_and_go_on_from_the_last(serve
 
 
 def test_record_is_a_plan(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr("axolotl_medusa.serving.vllm_drafter._RECORD_EVERY_S", 0.0)
+    monkeypatch.setattr("axolotl_medusa.serving.heads_drafter._RECORD_EVERY_S", 0.0)
     runner, _ = serve(medusa_record=str(tmp_path / "record"))
     for _ in range(3):
         step(runner, "a", [[1]], [0], torch.randn(1, HIDDEN))
@@ -179,9 +180,9 @@ def test_nothing_is_kept_of_requests_that_are_gone(serve, tmp_path):
     runner, _ = adaptive(serve, tmp_path)
     for turn in range(50):
         step(runner, [f"{turn}a", f"{turn}b"], [[1], [2]], [0, 0], torch.randn(2, HIDDEN))
-    assert len(runner.drafter._drafted) <= 2
-    assert len(runner.drafter._last_requests) == 2
-    assert len(runner.drafter.chooser._pool) <= 128
+    assert len(runner.drafter.drafter._drafted) <= 2
+    assert len(runner.drafter.drafter._last_requests) == 2
+    assert len(runner.drafter.drafter.chooser._pool) <= 128
 
 
 def test_vocabulary_of_the_drafts_is_the_models(serve):

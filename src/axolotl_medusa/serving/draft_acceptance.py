@@ -43,8 +43,10 @@ class Acceptance:
 
     def bins(self, probabilities: Tensor) -> Tensor:
         """The bin of each probability, `[requests, heads]` of both."""
-        heads = range(probabilities.shape[1])
-        return torch.stack([torch.bucketize(probabilities[:, i], self._edges[i], right=True) for i in heads], 1)
+        by_head = probabilities.t().contiguous()
+        return torch.stack(
+            [torch.bucketize(own, edges, right=True) for own, edges in zip(by_head, self._edges, strict=False)], 1
+        )
 
     def shares(self, *, hopeful: bool = False) -> list[Tensor]:
         """Of each head the share accepted by bin, fp64; `hopeful`: a standard deviation above what was counted."""

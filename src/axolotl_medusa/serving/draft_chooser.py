@@ -22,8 +22,9 @@ from axolotl_medusa.serving.draft_acceptance import Acceptance
 from axolotl_medusa.serving.draft_plan import DraftPlan, StepTimes, uncalibrated
 from axolotl_medusa.serving.draft_prices import TimeTable, seconds_up_to
 
-_REVIEW_STEPS = 8
-"""Steps between two looks at what was measured."""
+_REVIEW_STEPS = (8, 32)
+"""Steps between two looks at what was measured: in the first `_EARLY` steps, and later."""
+_EARLY = 128
 _POOL = 128
 """Requests whose guesses are remembered, as a sample of what the next ones will be like."""
 _PROBED_REQUESTS = 4
@@ -91,12 +92,13 @@ class DraftChooser:
         self._steps, self._turn = 0, 0
         self._next_probe, self._probe_steps = 0, _PROBE_STEPS[0]
         self._reviewed, self._decided = Reviewed(), dict[int, _Decision]()
+        self._seconds = torch.zeros(0, dtype=torch.float64)
         self._shares = self._hopeful = self.acceptance.shares()
         self._probing = False
 
     def next_pass(self, requests: int) -> Pass:
         """What the heads are to do for that many requests; called once in every step."""
-        if self._steps % _REVIEW_STEPS == 0:
+        if self._steps % _REVIEW_STEPS[self._steps >= _EARLY] == 0:
             self._review()
         self._steps += 1
         self._probing = False
@@ -116,7 +118,7 @@ class DraftChooser:
         self._turn += _PROBED_REQUESTS
         some = {(self._turn + place) % requests for place in range(_PROBED_REQUESTS)}
         steps, heads = self._reviewed.steps, self._reviewed.heads
-        plain_s = float(seconds_up_to(steps, requests)[-1]) if steps else 1.0
+        plain_s = float(self._step_seconds(steps, requests, 1)) if steps else 1.0
         heads_s = float(seconds_up_to(heads, len(some) * self.num_heads)[-1]) if heads else 0.0
         self._next_probe = self._steps + max(self._probe_steps, int(heads_s / plain_s / _PROBES_COST))
         self._probe_steps = min(2 * self._probe_steps, _PROBE_STEPS[1])
@@ -129,6 +131,13 @@ class DraftChooser:
         reviewed = Reviewed(steps, heads, pool, self.step_times.measured_from())
         self._reviewed = self._agreed(reviewed) if self._agreed else reviewed
         self._decided = {}
+        self._seconds = self._seconds[:0]
+
+    def _step_seconds(self, steps: StepTimes, first: int, count: int) -> Tensor:
+        """Seconds of steps of `first`, `first + 1`, ... tokens; computed once between two reviews."""
+        if len(self._seconds) < first + count:
+            self._seconds = seconds_up_to(steps, 2 * (first + count))
+        return self._seconds[first : first + count]
 
     @staticmethod
     def _products(bins: Tensor, shares: list[Tensor]) -> Tensor:
@@ -149,8 +158,8 @@ class DraftChooser:
         steps, heads, pool, _ = self._reviewed
         if steps is None:
             return _Decision(0, 0.0)
-        seconds = seconds_up_to(steps, requests * (1 + self.num_heads))
-        plain = requests / float(seconds[requests])
+        seconds = self._step_seconds(steps, requests, 1 + requests * self.num_heads)
+        plain = requests / float(seconds[0])
         if pool is None:
             return _Decision(0, plain)
         best = _Decision(0, plain * (1.0 + _MARGIN))
@@ -160,7 +169,7 @@ class DraftChooser:
             heads_s = float(seconds_up_to(heads, requests * count)[-1]) if heads else 0.0
             ordered = products[..., :count].flatten(1).sort(1, descending=True).values
             gains = pad(ordered.cumsum(1), (1, 0))
-            prices = seconds[requests : requests + gains.shape[1]]
+            prices = seconds[: gains.shape[1]]
             drafts = (gains - plain * prices).argmax(1, keepdim=True)
             tokens = requests + gains.gather(1, drafts).mean()
             rate = float(tokens / (prices[drafts].mean() + heads_s))
@@ -189,10 +198,11 @@ class DraftChooser:
         return lengths.tolist(), listed
 
     def _count_that_pays(self, ordered: Tensor, requests: int) -> int:
-        if self._reviewed.steps is None:
+        steps = self._reviewed.steps
+        if steps is None:
             return 0
-        seconds = seconds_up_to(self._reviewed.steps, requests + len(ordered))[requests:]
-        largest = max(self._reviewed.steps.seconds)
+        largest = max(steps.seconds)
         allowed = largest + max(_FIRST_STEP, largest // 4) - requests
         gains = pad(ordered.cumsum(0), (1, 0))[: max(1, allowed + 1)]
-        return int((gains - self._decision(requests).tokens_per_s * seconds[: len(gains)]).argmax())
+        seconds = self._step_seconds(steps, requests, len(gains))
+        return int((gains - self._decision(requests).tokens_per_s * seconds).argmax())

@@ -12,10 +12,11 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
+
+from axolotl_medusa.serving.heads_drafter import Options, Step
 
 TESTED = "0.32 and 0.33"
 ARGUMENTS = ("scheduler_output", "sampled_token_ids", "sample_hidden_states", "spec_decode_metadata")
@@ -26,45 +27,6 @@ OPTIONS = {"medusa_heads": str, "medusa_adaptive": bool, "medusa_record": str}
 
 _WATCHED = "_tells_medusa_drafter"
 _LORA_OUTPUT = "LogitsProcessorWithLoRA"
-
-
-class Step(NamedTuple):
-    """What a step of the server computed.
-
-    Attributes:
-        states: Hidden states of the tokens that it sampled after: of each request its drafts and one more, `[rows, H]`.
-        num_drafts: Drafts of each request that it verified; None where the batch had none.
-        request_ids: Names of the requests.
-        tokens: All tokens of its batch, those of prompts too.
-    """
-
-    states: Tensor
-    num_drafts: list[int] | None
-    request_ids: list[str]
-    tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the user and the server's configuration say.
-
-    Attributes:
-        heads: Directory of the heads.
-        adaptive: Whether a request's drafts end where they no longer pay.
-        record: Directory to write what is learnt to, None for nowhere.
-        num_drafts: Drafts per step and request at most.
-        sizes: `hidden_size` and `vocab_size` of the served model.
-        dtype: Its type.
-        context: Tokens of a request at most.
-    """
-
-    heads: Path
-    adaptive: bool
-    record: Path | None
-    num_drafts: int
-    sizes: dict[str, int]
-    dtype: torch.dtype
-    context: int
 
 
 def read_options(vllm_config: Any) -> Options:
