@@ -63,7 +63,7 @@ def test_plan_measures_writes_and_says_what_to_use(tmp_path, monkeypatch, capsys
 
 def test_servers_that_run_are_measured_as_they_are(tmp_path, capsys):
     trained(tmp_path)
-    with streaming(token_s=0.003) as slow, streaming(drafts=1) as fast:
+    with streaming(token_s=0.02) as slow, streaming(drafts=1) as fast:
         servers = ["--server", f"plain={slow.url}/v1", "--server", f"mine={fast.url}"]
         assert plan(tmp_path, *servers, "--concurrency", "1", "--repeats", 1) == 0
     content = json.loads((tmp_path / "run" / "medusa_heads" / "plan.json").read_text())
