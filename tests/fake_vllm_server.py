@@ -32,6 +32,7 @@ class FakeVllm:
         logprobs: Whether it gives log-probabilities.
         extra_tokens: Tokens that others made it generate per request.
         token_ids: Whether it gives token ids.
+        root: Where it says that its model lies.
     """
 
     model: PreTrainedModel
@@ -41,6 +42,7 @@ class FakeVllm:
     logprobs: bool = True
     extra_tokens: int = 0
     token_ids: bool = True
+    root: str | None = None
     counts: Counter[str] = field(default_factory=Counter)
     accepted: Counter[int] = field(default_factory=Counter)
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -101,7 +103,7 @@ class FakeVllm:
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/v1/models":
-            return 200, {"data": [{"id": "fake", "object": "model"}]}
+            return 200, {"data": [{"id": "fake", "object": "model", "root": self.root}]}
         if path == "/version":
             return 200, {"version": "0.32.0"}
         if path == "/metrics":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 
 import pytest
@@ -132,10 +133,20 @@ def coarse(model, step):
     return other
 
 
-def test_quantised_weights_are_named_with_how_far_they_moved(model, heads, texts):
-    report = check(FakeVllm(coarse(model, 0.02), heads), model, heads, texts)
-    assert "as quantisation does" in report.causes[0] and f"moved by {report.moved:.3f}" in report.causes[0]
-    assert report.moved > 0.01 and report.own < 0.97
+@pytest.mark.parametrize("said", [None, "awq"])
+def test_quantised_weights_are_named_with_how_far_they_moved(model, heads, texts, said, tmp_path):
+    content = {"quantization_config": {"quant_method": said}} if said else {}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    report = check(FakeVllm(coarse(model, 0.02), heads, root=str(tmp_path)), model, heads, texts)
+    assert "as by quantisation" in report.causes[0] and f"moved by {report.moved:.3f}" in report.causes[0]
+    assert ("its config.json says awq" in report.causes[0]) is (said is not None)
+    assert report.moved > 0.01 and report.own < 0.95
+
+
+def test_model_that_rounds_a_little_counts_as_ours(model, heads, texts):
+    """As one that computes in bf16 does."""
+    report = check(FakeVllm(coarse(model, 0.003), heads), model, heads, texts)
+    assert report.causes == [] and report.moved > 0.001
 
 
 def test_heads_of_another_order_are_named_with_the_order(model, heads, texts):

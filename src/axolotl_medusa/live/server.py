@@ -11,11 +11,12 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.live.counters import Counters, read_counters
-from axolotl_medusa.model.json_files import parse_json
+from axolotl_medusa.model.json_files import parse_json, read_json
 
 _TIMEOUT_S = 600
 """For one answer: a model on a CPU is slow, and so is the first step of one that compiles."""
@@ -83,12 +84,13 @@ class Server:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         models = self._json("/v1/models").get("data")
-        names = [entry.get("id") for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
-        if not names or not isinstance(names[0], str):
+        first = models[0] if isinstance(models, list) and models and isinstance(models[0], dict) else {}
+        if not isinstance(first.get("id"), str):
             raise ServerError(
                 f"{self.url}/v1/models names no model, expected an OpenAI-compatible server: check the address"
             )
-        self.model = names[0]
+        self.model: str = first["id"]
+        self._root = first.get("root")
 
     def version(self) -> str | None:
         """What the server says of its version, None where it says nothing."""
@@ -97,6 +99,13 @@ class Server:
         except RefusedError:
             return None
         return found if isinstance(found, str) else None
+
+    def quantization(self) -> str | None:
+        """How the served model's files say that it is quantized, where they are on this machine; else None."""
+        if not isinstance(self._root, str) or not (Path(self._root) / "config.json").is_file():
+            return None
+        quantization = read_json(Path(self._root) / "config.json").get("quantization_config")
+        return str(quantization.get("quant_method", "quantized")) if isinstance(quantization, dict) else None
 
     def counters(self) -> Counters:
         """What the server counts.
