@@ -1,0 +1,275 @@
+"""The drafter in a real vLLM on a tiny model: text and acceptance against plain vLLM and its built-in method, all in fp32.
+
+Every engine runs in one process of vLLM's environment, one after the other (`vllm_answers.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from demo.model_server import VLLM_PYTHON
+from tiny_served_model import CONTEXT, HEADS, VOCAB
+
+from axolotl_medusa.serving.draft_plan import read_plan
+
+pytestmark = pytest.mark.vllm
+
+ROOT = Path(__file__).parents[2]
+FORMS = ("shared", "separate")
+TIMEOUT_S = 900
+GREEDY = {"temperature": 0, "max_tokens": 48, "detokenize": False, "ignore_eos": True}
+SAMPLES, SAMPLED_TOKENS = 4000, 4
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+"""A core for each; vLLM looks for memory nodes of their own otherwise."""
+FALSE_ALARMS = 1e-4
+"""Probability that a position's χ² test fails though both distributions are the same."""
+
+
+def prompts(number: int, shortest: int = 3, longest: int = 40, seed: int = 0) -> list[list[int]]:
+    generator = random.Random(seed)
+    return [[generator.randrange(VOCAB) for _ in range(generator.randint(shortest, longest))] for _ in range(number)]
+
+
+def with_shared_beginnings(number: int) -> list[list[int]]:
+    """Prompts of which many begin alike, so that the prefix cache has something."""
+    beginnings = prompts(3, 64, 64, seed=1)
+    return [beginnings[place % 3] + rest for place, rest in enumerate(prompts(number, 1, 20, seed=2))]
+
+
+class Runs:
+    """Runs to make, and their answers."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.runs: dict[str, dict[str, Any]] = {}
+
+    def add(
+        self,
+        name: str,
+        asked: list[list[int]],
+        sampling: Any,
+        heads: str | None = None,
+        *,
+        builtin: bool = False,
+        drafts: int = HEADS,
+        additional: dict[str, Any] | None = None,
+        rounds: int = 1,
+        lora: bool = False,
+        **engine: Any,
+    ) -> None:
+        """Adds an engine: plain, with the built-in method, or with the drafter."""
+        engine = {"model": str(self.directory / "model"), "skip_tokenizer_init": True, "max_num_seqs": 16, **engine}
+        engine.setdefault("max_model_len", CONTEXT)
+        if lora:
+            engine |= {"enable_lora": True, "max_lora_rank": 8}
+        if heads is not None:
+            directory = str(self.directory / heads)
+            method = {"method": "medusa", "model": directory} if builtin else {"method": "custom_class"}
+            engine["speculative_config"] = {
+                "model": "axolotl_medusa.vllm_drafter.MedusaDrafter",
+                **method,
+                "num_speculative_tokens": drafts,
+            }
+            if not builtin:
+                engine["additional_config"] = {
+                    "medusa_heads": directory,
+                    "medusa_adaptive": False,
+                    **(additional or {}),
+                }
+        adapter = str(self.directory / "lora") if lora else None
+        self.runs[name] = {"engine": engine, "prompts": asked, "sampling": sampling, "rounds": rounds, "lora": adapter}
+
+    def answers(self, **variables: str) -> dict[str, Any]:
+        """Makes the runs, with these environment variables."""
+        questions, found = self.directory / "runs.json", self.directory / "answers.json"
+        questions.write_text(json.dumps(list(self.runs.values())), encoding="utf-8")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **variables}
+        command = [str(VLLM_PYTHON), str(ROOT / "tests" / "vllm_answers.py"), str(questions), str(found)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return dict(zip(self.runs, json.loads(found.read_text(encoding="utf-8")), strict=True))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, its heads and an adapter."""
+    directory = tmp_path_factory.mktemp("tiny")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tiny_served_model", str(directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return directory
+
+
+def different_ends(number: int) -> list[dict[str, Any]]:
+    """Requests that end at other lengths, some of them at a stop token."""
+    return [{**GREEDY, "max_tokens": 1 + 7 * place % 60, "stop_token_ids": [place % 16]} for place in range(number)]
+
+
+@pytest.fixture(scope="module")
+def answers(tiny: Path) -> dict[str, Any]:
+    runs, usual, alike = Runs(tiny), prompts(40), with_shared_beginnings(40)
+    with_logprobs = {**GREEDY, "logprobs": 0}
+    narrow = {"max_num_batched_tokens": 40, "num_gpu_blocks_override": 30, "block_size": 32}
+    short = {"max_model_len": 64, "max_num_seqs": 8}
+    runs.add("plain", usual, with_logprobs)
+    for form in FORMS:
+        runs.add(f"builtin {form}", usual, GREEDY, form, builtin=True)
+        runs.add(f"fixed {form}", usual, with_logprobs, form)
+        record = {"medusa_adaptive": True, "medusa_record": str(tiny / f"record-{form}")}
+        runs.add(f"adaptive {form}", usual, GREEDY, form, additional=record, rounds=6)
+    runs.add("one draft", usual, GREEDY, "shared", drafts=1)
+    runs.add("alike plain", alike, different_ends(40))
+    for adaptive in (False, True):
+        added = {"medusa_adaptive": adaptive}
+        runs.add(f"alike narrow {adaptive}", alike, different_ends(40), "shared", additional=added, rounds=2, **narrow)
+    runs.add("limit plain", usual, {**GREEDY, "max_tokens": 1000}, **short)
+    runs.add("limit", usual, {**GREEDY, "max_tokens": 1000}, "separate", **short)
+    runs.add("lora plain", usual, GREEDY, lora=True)
+    runs.add("lora", usual, GREEDY, "shared", lora=True)
+    runs.add("lora separate", usual, GREEDY, "separate", lora=True)
+    for name, heads in (("sampled plain", None), ("sampled", "shared"), ("sampled adaptive", "separate")):
+        sampling = [
+            {"temperature": 1.0, "max_tokens": SAMPLED_TOKENS, "detokenize": False, "seed": place}
+            for place in range(SAMPLES)
+        ]
+        added = {"medusa_adaptive": name == "sampled adaptive"}
+        runs.add(name, [[1, 2, 3]] * SAMPLES, sampling, heads, additional=added, max_num_seqs=256)
+    runs.add("warmer", [[1, 2, 3]] * SAMPLES, {**sampling[0], "temperature": 1.25, "seed": None}, max_num_seqs=256)
+    return runs.answers()
+
+
+def tokens(answers: dict[str, Any], name: str) -> list[list[list[int]]]:
+    assert "error" not in answers[name], answers[name]["error"]
+    found: list[list[list[int]]] = answers[name]["tokens"]
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_accepted_drafts_are_those_of_the_builtin_method_at_every_position(answers, form):
+    found, expected = answers[f"fixed {form}"]["counters"], answers[f"builtin {form}"]["counters"]
+    assert found == expected
+    assert min(expected["accepted_tokens_per_pos"]) > 0, "nothing to compare at some position"
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"{how} {form}" for form in FORMS for how in ("fixed", "adaptive", "builtin")), "one draft"]
+)
+def test_greedy_text_is_plain_vllms_token_for_token(answers, name):
+    assert tokens(answers, name) == tokens(answers, "plain")
+
+
+def test_one_draft_is_the_first_head(answers):
+    one, all_ = (answers[name]["counters"] for name in ("one draft", "fixed shared"))
+    assert len(one["accepted_tokens_per_pos"]) == 1
+    assert one["draft_tokens"] == one["drafts"]
+    assert one["accepted_tokens"] > 0 < all_["accepted_tokens"]
+
+
+def test_logarithms_of_probabilities_are_plain_vllms(answers):
+    for form in FORMS:
+        own, plain = (torch.tensor(answers[name]["logprobs"]) for name in (f"fixed {form}", "plain"))
+        torch.testing.assert_close(own, plain, atol=2e-4, rtol=0)  # sums in another order, batch by batch
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adaptive_drafts_write_down_what_they_learnt(answers, tiny, form):
+    assert (
+        answers[f"adaptive {form}"]["counters"]["draft_tokens"]
+        < 6 * answers[f"fixed {form}"]["counters"]["draft_tokens"]
+    )
+    plan = read_plan(tiny / f"record-{form}")
+    assert plan.step_times is not None
+    assert plan.calibration is not None
+    assert len(plan.calibration.heads) == HEADS
+    assert plan.rest["served"]["steps"] > 100
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_chunked_prompts_preemption_prefix_cache_and_different_ends_change_no_token(answers, adaptive):
+    name = f"alike narrow {adaptive}"
+    assert tokens(answers, name) == tokens(answers, "alike plain")
+    assert answers[name]["counters"]["num_preemptions"] > 0
+    assert adaptive or answers[name]["counters"]["accepted_tokens"] > 0
+
+
+def test_requests_that_reach_the_context_limit_have_plain_vllms_text(answers):
+    found = tokens(answers, "limit")
+    assert found == tokens(answers, "limit plain")
+    lengths = {len(prompt) + len(own[0]) for prompt, own in zip(prompts(40), found, strict=True)}
+    assert lengths == {64}
+
+
+@pytest.mark.parametrize("name", ["lora", "lora separate"])
+def test_requests_with_an_adapter_have_plain_vllms_text(answers, name):
+    found = tokens(answers, name)
+    assert found == tokens(answers, "lora plain")
+    plain = tokens(answers, "plain")
+    assert found[0::2] == plain[0::2]
+    assert found[1::2] != plain[1::2], "the adapter changes nothing"
+    assert answers[name]["counters"]["accepted_tokens"] > 0
+
+
+def chi_square_p(first: list[int], second: list[int]) -> float:
+    """Probability of counts that differ as much, if both samples come from one distribution (homogeneity, rare tokens joined)."""
+    counts = torch.stack([torch.bincount(torch.tensor(sample), minlength=VOCAB) for sample in (first, second)]).double()
+    order = counts.sum(0).argsort(descending=True)
+    counts = counts[:, order]
+    common = int((counts.sum(0) >= 20).sum())
+    counts = torch.cat([counts[:, :common], counts[:, common:].sum(1, keepdim=True)], 1)
+    counts = counts[:, counts.sum(0) > 0]
+    expected = counts.sum(1, keepdim=True) * counts.sum(0) / counts.sum()
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor(float(counts.shape[1] - 1), dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom / 2, statistic / 2))
+
+
+def at(answers: dict[str, Any], name: str, place: int) -> list[int]:
+    return [completion[0][place] for completion in tokens(answers, name)]
+
+
+@pytest.mark.parametrize("place", range(SAMPLED_TOKENS))
+@pytest.mark.parametrize("name", ["sampled", "sampled adaptive"])
+def test_tokens_sampled_at_temperature_1_are_distributed_as_plain_vllms(answers, name, place):
+    assert chi_square_p(at(answers, name, place), at(answers, "sampled plain", place)) > FALSE_ALARMS
+
+
+def test_drafts_are_accepted_and_rejected_at_temperature_1(answers):
+    counters = answers["sampled"]["counters"]
+    assert 0 < counters["accepted_tokens"] < counters["draft_tokens"]
+
+
+def test_another_distribution_is_seen(answers):
+    """What the test can see: plain vLLM a quarter warmer."""
+    assert chi_square_p(at(answers, "warmer", 1), at(answers, "sampled plain", 1)) < FALSE_ALARMS
+
+
+def test_two_ranks_of_tensor_parallelism_write_the_same_text(tiny, answers):
+    runs, usual = Runs(tiny), prompts(40)
+    for form in FORMS:
+        added = {"medusa_adaptive": form == "separate"}
+        runs.add(form, usual, GREEDY, form, additional=added, rounds=4, tensor_parallel_size=2)
+    found = runs.answers(**TWO_RANKS)
+    for form in FORMS:
+        assert tokens(found, form) == tokens(answers, "plain")
+    accepted = found["shared"]["counters"]["accepted_tokens_per_pos"]
+    assert accepted == [4 * count for count in answers["fixed shared"]["counters"]["accepted_tokens_per_pos"]]
+
+
+def test_mistakes_end_before_the_model_answers(tiny):
+    runs, usual = Runs(tiny), prompts(1)
+    runs.add("stages", usual, GREEDY, "shared", pipeline_parallel_size=2)
+    runs.add("too many", usual, GREEDY, "shared", drafts=HEADS + 1)
+    runs.add("unknown key", usual, GREEDY, "shared", additional={"medusa_adaptiv": True})
+    found = runs.answers(**TWO_RANKS)
+    assert "error" in found["stages"]
+    assert f"num_speculative_tokens is {HEADS + 1}, expected at most {HEADS}" in found["too many"]["error"]
+    assert "found medusa_adaptiv in --additional-config" in found["unknown key"]["error"]
