@@ -85,6 +85,7 @@ STAYS_LIGHT = {
     "terminal.default_prompts",
     "terminal.outputs",
     "terminal.prompts",
+    "terminal.server_arguments",
     "training.args",
     "training.datasets",
     "training.learning_rates",

@@ -13,7 +13,14 @@ from fake_vllm_install import SERVER, fake_vllm
 from axolotl_medusa.live.plan_settings import given_settings, started_settings, write_learnt
 from axolotl_medusa.live.server import ServerError
 from axolotl_medusa.live.server_process import running
-from axolotl_medusa.serving.draft_plan import Calibration, HeadCalibration, StepTimes, read_plan, write_plan
+from axolotl_medusa.serving.draft_plan import (
+    Calibration,
+    HeadCalibration,
+    StepTimes,
+    read_plan,
+    uncalibrated,
+    write_plan,
+)
 from axolotl_medusa.serving.serve import ServeOptions, vllm_command
 from axolotl_medusa.serving.vllm_install import Vllm, find_vllm
 
@@ -89,12 +96,14 @@ def test_what_servers_learnt_is_joined(tmp_path):
     write_plan(
         tmp_path / "record-2", calibration=Calibration((head(0.2), head(0.3))), step_times=StepTimes({3: 0.2, 64: 3.0})
     )
-    files = write_learnt(heads, tmp_path, 2)
+    files = write_learnt(heads, tmp_path, 2, 3)
     assert {file.name for file in files} == {"draft_calibration.json", "plan.json"}
     found = read_plan(heads)
-    assert found.calibration == Calibration((head(0.2), head(0.3)))
+    assert found.calibration == Calibration((head(0.2), head(0.3), uncalibrated(1).heads[0])), (
+        "served with all heads later"
+    )
     assert found.step_times == StepTimes({2: 0.1, 3: 0.2, 64: 2.0}) and found.heads_times == StepTimes({1: 0.01})
 
 
 def test_nothing_learnt_writes_nothing(tmp_path):
-    assert write_learnt(tmp_path, tmp_path, 3) == [] and list(tmp_path.iterdir()) == []
+    assert write_learnt(tmp_path, tmp_path, 3, 3) == [] and list(tmp_path.iterdir()) == []

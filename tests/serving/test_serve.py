@@ -78,6 +78,13 @@ def test_printed_command_is_the_one_that_runs(tmp_path, monkeypatch):
     assert shlex.split(command.shell()) == ["PYTHONPATH=/ours", *command.arguments]
 
 
+def test_printed_command_shows_no_secrets(tmp_path):
+    given = ("--api-key", "sk-1", "--hf-token=hf_2", "--port", "1")
+    command = vllm_command(trained(tmp_path), V32, ServeOptions(vllm_options=given))
+    assert command.shell().endswith("--api-key '***' '--hf-token=***' --port 1")
+    assert command.arguments[-5:] == list(given)
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -50,7 +50,7 @@ def test_plan_measures_writes_and_says_what_to_use(tmp_path, monkeypatch, capsys
         "float32",
     ]
     assert content["step_s"] == {"2": 0.1, "3": 0.2, "64": 2.5}
-    assert len(read_plan(heads).calibration.heads) == 2
+    assert len(read_plan(heads).calibration.heads) == 3
     assert (heads / "plan.png").stat().st_size > 1000
     assert content["advice"] == said.out.splitlines()[-len(content["advice"]) - 2 : -2]
     assert said.out.splitlines()[0].startswith("requests  setting") and "1 at a time:" in said.out

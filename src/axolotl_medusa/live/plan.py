@@ -44,7 +44,7 @@ class Figures:
     Attributes:
         tokens_per_s: Generated tokens per second.
         first_token_s: Median seconds to a first token.
-        per_token_s: Median seconds per token after the first.
+        per_token_s: Median seconds per token after the first; None in rounds without such tokens.
         acceptance_length: Tokens per verified draft; None in rounds without drafts.
         texts: The answers of the first round.
         same_texts: Share of answers that are those of the first setting, in the first round.
@@ -52,7 +52,7 @@ class Figures:
 
     tokens_per_s: list[float] = field(default_factory=list)
     first_token_s: list[float] = field(default_factory=list)
-    per_token_s: list[float] = field(default_factory=list)
+    per_token_s: list[float | None] = field(default_factory=list)
     acceptance_length: list[float | None] = field(default_factory=list)
     texts: tuple[str, ...] = ()
     same_texts: float = 1.0
@@ -61,7 +61,7 @@ class Figures:
         """Takes a round in."""
         self.tokens_per_s.append(load.tokens_per_s)
         self.first_token_s.append(load.first_token_s)
-        self.per_token_s.append(load.per_token_s or 0.0)
+        self.per_token_s.append(load.per_token_s)
         self.acceptance_length.append(acceptance_length)
         self.texts = self.texts or tuple(answer.text for answer in load.answers)
 
@@ -77,16 +77,20 @@ class Figures:
 
     def to_json(self) -> dict[str, Any]:
         """Medians, spread and every round."""
-        lengths = [length for length in self.acceptance_length if length is not None]
         return {
             "tokens_per_s": round(self.median_tokens_per_s, 2),
             "spread": round(self.spread, 4),
             "first_token_s": round(statistics.median(self.first_token_s), 4),
-            "per_token_s": round(statistics.median(self.per_token_s), 5),
-            "acceptance_length": round(statistics.median(lengths), 3) if lengths else None,
+            "per_token_s": _median(self.per_token_s, 5),
+            "acceptance_length": _median(self.acceptance_length, 3),
             "same_texts": round(self.same_texts, 4),
             "rounds_tokens_per_s": [round(value, 2) for value in self.tokens_per_s],
         }
+
+
+def _median(values: Sequence[float | None], digits: int) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(statistics.median(known), digits) if known else None
 
 
 Measured = dict[str, dict[int, Figures]]

@@ -15,7 +15,7 @@ from axolotl_medusa.live.plan import ADAPTIVE, PLAIN, Setting
 from axolotl_medusa.live.server import root_of
 from axolotl_medusa.live.server_process import running
 from axolotl_medusa.model.sources import Source
-from axolotl_medusa.serving.draft_plan import Calibration, StepTimes, read_plan, write_plan
+from axolotl_medusa.serving.draft_plan import Calibration, StepTimes, read_plan, uncalibrated, write_plan
 from axolotl_medusa.serving.serve import Method, ServeOptions, vllm_command
 from axolotl_medusa.serving.vllm_install import Vllm
 
@@ -80,13 +80,14 @@ def record_dir(work: Path, draft_tokens: int) -> Path:
     return work / f"record-{draft_tokens}"
 
 
-def write_learnt(heads_dir: Path, work: Path, draft_tokens: int) -> list[Path]:
+def write_learnt(heads_dir: Path, work: Path, draft_tokens: int, num_heads: int) -> list[Path]:
     """Writes beside the heads what their servers learnt: how often drafts are accepted, and how long steps take.
 
     Args:
         heads_dir: The heads.
         work: Where the servers recorded.
         draft_tokens: Drafts at most.
+        num_heads: Heads that there are, for the calibration of those that drafted nothing.
 
     Returns:
         The files that were written; none where no server recorded anything.
@@ -95,15 +96,18 @@ def write_learnt(heads_dir: Path, work: Path, draft_tokens: int) -> list[Path]:
     calibrations = [plan.calibration for plan in plans if plan.calibration is not None]
     return write_plan(
         heads_dir,
-        calibration=_of_all_heads(calibrations),
+        calibration=_of_all_heads(calibrations, num_heads),
         step_times=_joined(plan.step_times for plan in plans),
         heads_times=_joined(plan.heads_times for plan in plans),
     )
 
 
-def _of_all_heads(calibrations: Sequence[Calibration]) -> Calibration | None:
+def _of_all_heads(calibrations: Sequence[Calibration], num_heads: int) -> Calibration | None:
     """The calibration of the server that drafted most: each of its heads was tried after all before it."""
-    return max(calibrations, key=lambda calibration: len(calibration.heads), default=None)
+    if not calibrations:
+        return None
+    most = max(calibrations, key=lambda calibration: len(calibration.heads))
+    return Calibration((*most.heads, *uncalibrated(num_heads).heads[len(most.heads) :]), most.facts)
 
 
 def _joined(all_times: Iterable[StepTimes | None]) -> StepTimes | None:

@@ -34,6 +34,14 @@ _OURS = ("-sc", "--model", "--speculative-config", "--spec-method", "--spec-mode
 _ADDITIONAL = "--additional-config"
 
 
+_SECRET = ("--api-key", "--hf-token")
+
+
+def _shown(word: str) -> str:
+    name, has_value, _ = word.partition("=")
+    return f"{name}=***" if has_value and name in _SECRET else word
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """How heads are to be served.
@@ -70,8 +78,11 @@ class VllmCommand:
     needs_merge: bool
 
     def shell(self) -> str:
-        """The command as a shell takes it."""
-        return shlex.join([*(f"{name}={value}" for name, value in self.environment.items()), *self.arguments])
+        """The command as a shell takes it, without the secrets in it: it is printed, and kept in logs."""
+        words = [*(f"{name}={value}" for name, value in self.environment.items()), *self.arguments]
+        return shlex.join(
+            "***" if before in _SECRET else _shown(word) for before, word in zip(["", *words], words, strict=False)
+        )
 
 
 def find_served(path: str | Path, base_model: str | None = None) -> Source:

@@ -79,7 +79,7 @@ def _learn(source: Source, settings: Sequence[Setting], name: str, work: Path, t
     """Before the adaptive server starts for the first time: what the servers before it learnt."""
     place = [setting.name for setting in settings].index(name)
     if place + 1 < len(settings) and settings[place + 1].name == ADAPTIVE:
-        for file in write_learnt(source.heads_dir, work, tokens):
+        for file in write_learnt(source.heads_dir, work, tokens, source.config["medusa_num_heads"]):
             _say(f"written: {file}")
 
 
@@ -168,10 +168,11 @@ def _print_table(measured: Measured) -> None:
     for requests in levels:
         for name, figures in measured.items():
             row = figures[requests].to_json()
+            per_token = "-".rjust(9) if row["per_token_s"] is None else f"{row['per_token_s'] * 1000:6.1f} ms"
             accepted = "-" if row["acceptance_length"] is None else f"{row['acceptance_length']:.2f}"
             print(
                 f"{requests:8}  {name:11}  {row['tokens_per_s']:8.1f}  {row['spread']:6.1%}  {row['first_token_s'] * 1000:8.0f} ms"
-                f"  {row['per_token_s'] * 1000:6.1f} ms  {accepted:>8}"
+                f"  {per_token}  {accepted:>8}"
             )
 
 
