@@ -42,7 +42,7 @@ def test_plan_measures_writes_and_says_what_to_use(tmp_path, monkeypatch, capsys
     content = json.loads((heads / "plan.json").read_text())
     assert list(content["measured"]) == ["plain", "k = 1", "k = 2", "adaptive"]
     assert list(content["measured"]["plain"]) == ["1", "2"]
-    assert len(content["measured"]["k = 2"]["1"]["rounds_tokens_per_s"]) == 2
+    assert len(content["measured"]["k = 2"]["1"]["rounds_tokens_per_s"]) == 1
     assert content["measured"]["k = 2"]["1"]["acceptance_length"] == 2.0
     assert content["measured"]["plain"]["1"]["acceptance_length"] is None
     assert content["measured_with"]["vllm"] == "0.32.0" and content["measured_with"]["vllm_options"] == [

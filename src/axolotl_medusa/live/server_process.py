@@ -23,7 +23,7 @@ from axolotl_medusa.serving.serve import VllmCommand
 START_TIMEOUT_S = 1800
 """Large models are read from slow disks, and compiled."""
 _END_TIMEOUT_S = 60
-_LOOK_EVERY_S = 0.5
+_LOOK_EVERY_S = 0.2
 
 
 def free_port() -> int:

@@ -39,11 +39,15 @@ def merged_model_dir(source: Source) -> Path:
 def is_merged(source: Source) -> bool:
     """Whether `merged_dir` is complete, and made of the very files that are there now."""
     file = merged_dir(source) / _MADE_OF
-    return file.is_file() and read_json(file) == _made_of(source)
+    return source.adapter_dir is not None and file.is_file() and read_json(file) == _made_of(source, source.adapter_dir)
 
 
-def merge_once(source: Source) -> None:
+def merge_once(source: Source, adapter_dir: Path) -> None:
     """Writes `merged_dir` unless it is there already.
+
+    Args:
+        source: The heads and their model.
+        adapter_dir: Its adapter.
 
     Raises:
         ValueError: The adapter cannot be merged, or something else lies there.
@@ -52,17 +56,16 @@ def merge_once(source: Source) -> None:
         if is_merged(source):
             return
         directory = merged_dir(source)
-        LOG.info("merging the adapter in %s into %s, once", source.adapter_dir, directory)
+        LOG.info("merging the adapter in %s into %s, once", adapter_dir, directory)
         (directory / _MADE_OF).unlink(missing_ok=True)
-        made_of = _made_of(source)
+        made_of = _made_of(source, adapter_dir)
         export(source, "vllm", directory, model="merged")
         write_json(directory / _MADE_OF, made_of)
 
 
-def _made_of(source: Source) -> dict[str, list[int]]:
+def _made_of(source: Source, adapter_dir: Path) -> dict[str, list[int]]:
     """Size and time of every file that goes into the merge: hashing large models would take longer than it is worth."""
-    assert source.adapter_dir is not None
-    own = [source.heads_dir / HEADS_FILE, adapter_file(source.adapter_dir), source.adapter_dir / ADAPTER_CONFIG_FILE]
+    own = [source.heads_dir / HEADS_FILE, adapter_file(adapter_dir), adapter_dir / ADAPTER_CONFIG_FILE]
     base = source.model_dir()
     weights = [path for suffix in ("safetensors", "bin") for path in sorted(base.glob(f"*.{suffix}"))]
     stats = {str(path.resolve()): path.stat() for path in [*own, base / "config.json", *weights]}

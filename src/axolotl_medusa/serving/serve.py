@@ -32,14 +32,8 @@ DRAFTER = "axolotl_medusa.vllm_drafter.MedusaDrafter"
 _OURS = ("-sc", "--model", "--speculative-config", "--spec-method", "--spec-model", "--spec-tokens")
 """Options of vLLM that are set here."""
 _ADDITIONAL = "--additional-config"
-
-
 _SECRET = ("--api-key", "--hf-token")
-
-
-def _shown(word: str) -> str:
-    name, has_value, _ = word.partition("=")
-    return f"{name}=***" if has_value and name in _SECRET else word
+"""Options of vLLM whose values are not printed."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ class VllmCommand:
         """The command as a shell takes it, without the secrets in it: it is printed, and kept in logs."""
         words = [*(f"{name}={value}" for name, value in self.environment.items()), *self.arguments]
         return shlex.join(
-            "***" if before in _SECRET else _shown(word) for before, word in zip(["", *words], words, strict=False)
+            "***" if _is_secret(before) else _shown(word) for before, word in zip(["", *words], words, strict=False)
         )
 
 
@@ -151,8 +145,8 @@ def prepare(source: Source) -> None:
     Raises:
         ValueError: It cannot be merged.
     """
-    if source.model_kind == "adapter":
-        merge_once(source)
+    if source.adapter_dir is not None:
+        merge_once(source, source.adapter_dir)
 
 
 def check_model(source: Source) -> None:
@@ -252,3 +246,12 @@ def _without_additional(given: Sequence[str]) -> tuple[list[str], dict[str, Any]
             raise ValueError(f"{name} is a {type(content).__name__}, expected a JSON object")
         additional |= content
     return rest, additional
+
+
+def _shown(word: str) -> str:
+    name, has_value, _ = word.partition("=")
+    return f"{name}=***" if has_value and _is_secret(name) else word
+
+
+def _is_secret(option: str) -> bool:
+    return option.replace("_", "-") in _SECRET
