@@ -29,7 +29,7 @@ def test_plan_measures_writes_and_says_what_to_use(tmp_path, monkeypatch, capsys
         "--concurrency",
         "2,1",
         "--repeats",
-        2,
+        1,
         "--draft-tokens",
         2,
         "--dtype",
