@@ -53,7 +53,7 @@ def test_plan_measures_writes_and_says_what_to_use(tmp_path, monkeypatch, capsys
     assert len(read_plan(heads).calibration.heads) == 3
     assert (heads / "plan.png").stat().st_size > 1000
     assert content["advice"] == said.out.splitlines()[-len(content["advice"]) - 2 : -2]
-    assert said.out.splitlines()[0].startswith("requests  setting") and "1 at a time:" in said.out
+    assert "\nrequests  setting" in f"\n{said.out}" and "1 at a time:" in said.out
     adaptive = [json.loads(line) for line in started.read_text().splitlines()][3]
     assert "medusa_adaptive" not in adaptive[1], (
         "the fourth server is the adaptive one, which read what the others learnt"
