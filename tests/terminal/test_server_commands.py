@@ -134,8 +134,8 @@ def test_check_server_prints_what_it_compared(run_of_chats, capsys):
     )
     status, said = check(capsys, run_of_chats, fake)
     assert status == 0, said.err
-    lines = said.out.splitlines()
-    assert lines[0].endswith(", fake, vLLM 0.32.0"), said.out
+    lines = said.out[said.out.index("server: ") :].splitlines()
+    assert lines[0].endswith(", fake, vLLM 0.32.0")
     assert "the tokens of 2 of 2 chats are those" in lines[1]
     assert (
         "of 16 tokens in 2 answers 100.0% are our model's own first choice; log-probabilities moved by 0.0000"
