@@ -24,6 +24,7 @@ USAGE = {
     "push": ["dir", "--repo", "me/heads"],
     "evaluate": ["heads", "--prompts", "prompts.jsonl"],
     "tree": ["heads", "--calibration", "prompts.jsonl", "--out", "tree.json"],
+    "calibrate": ["heads", "--prompts", "prompts.jsonl"],
     "generate": ["heads", "--prompt", "Hello"],
     "chat": ["heads"],
     "demo": ["heads"],

@@ -173,6 +173,26 @@ def _tree(options: argparse.Namespace) -> None:
     run_tree(options)
 
 
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    _decoding_arguments(parser, max_new_tokens=128)
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL: id, prompt or messages")
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N prompts")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from axolotl_medusa.model.sources import find_source
+    from axolotl_medusa.serving.draft_plan import calibrate, write_plan
+    from axolotl_medusa.terminal.commands import measured_outcomes
+
+    outcomes, facts = measured_outcomes(options)
+    calibration = calibrate(outcomes, **facts)
+    for head, own in enumerate(outcomes):
+        accepted = f"{sum(good for _, good in own) / len(own):.3f} accepted" if own else "none"
+        print(f"head {head}: {len(own)} drafts after accepted ones, {accepted}")
+    for file in write_plan(find_source(options.heads, options.base_model).heads_dir, calibration=calibration):
+        print(f"written to {file}")
+
+
 def _answer_arguments(parser: argparse.ArgumentParser) -> None:
     _decoding_arguments(parser, max_new_tokens=512)
     _tree_argument(parser)
@@ -303,6 +323,11 @@ COMMANDS = {
     "push": Command("upload an export to the Hugging Face Hub", _push_arguments, _push),
     "evaluate": Command("measure accuracy, acceptance length and speed of heads", _evaluate_arguments, _evaluate),
     "tree": Command("find the candidate tree that is fastest on this machine", _tree_arguments, _tree),
+    "calibrate": Command(
+        "count how often drafts of what probability are accepted, for serving as many as pay",
+        _calibrate_arguments,
+        _calibrate,
+    ),
     "generate": Command("answer a prompt with Medusa decoding", _generate_arguments, _generate),
     "chat": Command("chat in the terminal with Medusa decoding", _answer_arguments, _chat),
     "demo": Command("show plain and Medusa decoding of a prompt beside each other", _demo_arguments, _demo),

@@ -21,6 +21,7 @@ from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.tree import Tree, read_tree, write_tree
 from axolotl_medusa.decoding.tree_chooser import TreeChooser
 from axolotl_medusa.model.sources import find_source
+from axolotl_medusa.serving.draft_plan import read_plan
 from axolotl_medusa.serving.export import export
 
 VOCABULARY = {"vocab_size": 300, "eos_token_id": None}
@@ -478,3 +479,23 @@ def test_missing_package_of_quantized_models_is_one_line(package, runs, capsys, 
         monkeypatch.setitem(sys.modules, name, None if name == package else types.ModuleType(name))
     printed = run(capsys, "generate", runs / "medusa-1", "--prompt", "Hi", "--load-in-8bit", status=1)
     assert printed.err.splitlines()[-1].endswith(f"8-bit and 4-bit models need {package}: pip install {package}")
+
+
+@pytest.mark.parametrize("recipe", ["medusa-1", "medusa-2"])
+def test_calibrate_writes_what_the_drafter_reads(recipe, runs, capsys):
+    arguments = ["--prompts", runs / "prompts.jsonl", "--limit", 2, "--max-new-tokens", 8]
+    out = run(capsys, "calibrate", runs / recipe, *arguments).out
+    heads_dir = find_source(runs / recipe).heads_dir
+    calibration = read_plan(heads_dir).calibration
+    assert len(calibration.heads) == find_source(runs / recipe).config["medusa_num_heads"]
+    assert sum(calibration.heads[0].drafts) == 2 * 7  # all but the last of 8 tokens have one after them
+    assert calibration.facts["prompts"] == 2
+    assert "head 0: 14 drafts" in out
+    assert f"written to {heads_dir}" in out
+
+
+def test_calibrate_without_answers_ends_in_one_line(runs, capsys):
+    error = run(
+        capsys, "calibrate", runs / "medusa-1", "--prompts", runs / "prompts.jsonl", "--max-new-tokens", 1, status=1
+    ).err
+    assert "too short to count drafts in" in error

@@ -19,6 +19,7 @@ from axolotl_medusa.decoding.load_decoder import find_original, load_decoder, lo
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, Tree, chain, default_tree, write_tree
 from axolotl_medusa.decoding.tree_chooser import AUTO, PLAIN, why_plain
+from axolotl_medusa.measuring.draft_outcomes import Outcomes, outcomes_of
 from axolotl_medusa.measuring.evaluate import PromptTokens, check_fits, environment, evaluate
 from axolotl_medusa.measuring.plots import PLOTS, check_matplotlib, check_plots, write_plots
 from axolotl_medusa.measuring.quality import check_texts, compare_models
@@ -131,6 +132,17 @@ def _print_tuned(tuned: TunedTree) -> None:
     for nodes, speed_up in tuned.speed_ups.items():
         where = f"{len(tuned.checked_on)} held-out prompts (chosen with {tuned.calibrated_on} others)"
         print(f"{nodes} nodes measured: {speed_up:.3f} x plain on {where}")
+
+
+def measured_outcomes(options: argparse.Namespace) -> tuple[Outcomes, dict[str, Any]]:
+    """What becomes of the heads' drafts on greedy answers to the prompts, and what they were measured on."""
+    prompts = read_prompts(options.prompts, options.limit)
+    model, tokenizer = _load(options)
+    tokens = [PromptTokens(row.id, prompt_tokens(tokenizer, row), row.category) for row in prompts]
+    outcomes = outcomes_of(model, tokens, options.max_new_tokens)
+    if not outcomes[0]:
+        raise ValueError(f"the answers to {options.prompts} are too short to count drafts in: give other prompts")
+    return outcomes, {"prompts_file": str(options.prompts), "prompts": len(prompts), "temperature": 0.0}
 
 
 def run_generate(options: argparse.Namespace) -> None:
