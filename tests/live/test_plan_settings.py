@@ -105,5 +105,18 @@ def test_what_servers_learnt_is_joined(tmp_path):
     assert found.step_times == StepTimes({2: 0.1, 3: 0.2, 64: 2.0}) and found.heads_times == StepTimes({1: 0.01})
 
 
+@pytest.mark.parametrize(("drafts", "kept"), [(3, False), (50, True)])
+def test_calibration_on_more_drafts_is_kept(tmp_path, drafts, kept):
+    heads, record = tmp_path / "heads", tmp_path / "record-1"
+    heads.mkdir()
+    record.mkdir()
+    there = Calibration((HeadCalibration((0.0, 0.5, 1.0), (0.7, 0.7), (drafts, drafts)),))
+    write_plan(heads, calibration=there)
+    write_plan(record, calibration=Calibration((head(0.1),)), step_times=StepTimes({2: 0.1}))
+    write_learnt(heads, tmp_path, 1, 1)
+    assert read_plan(heads).calibration == (there if kept else Calibration((head(0.1),)))
+    assert read_plan(heads).step_times == StepTimes({2: 0.1})
+
+
 def test_nothing_learnt_writes_nothing(tmp_path):
     assert write_learnt(tmp_path, tmp_path, 3, 3) == [] and list(tmp_path.iterdir()) == []

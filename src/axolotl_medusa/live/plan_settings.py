@@ -96,7 +96,7 @@ def write_learnt(heads_dir: Path, work: Path, draft_tokens: int, num_heads: int)
     calibrations = [plan.calibration for plan in plans if plan.calibration is not None]
     return write_plan(
         heads_dir,
-        calibration=_of_all_heads(calibrations, num_heads),
+        calibration=_of_more_drafts(_of_all_heads(calibrations, num_heads), read_plan(heads_dir).calibration),
         step_times=_joined(plan.step_times for plan in plans),
         heads_times=_joined(plan.heads_times for plan in plans),
     )
@@ -108,6 +108,14 @@ def _of_all_heads(calibrations: Sequence[Calibration], num_heads: int) -> Calibr
         return None
     most = max(calibrations, key=lambda calibration: len(calibration.heads))
     return Calibration((*most.heads, *uncalibrated(num_heads).heads[len(most.heads) :]), most.facts)
+
+
+def _of_more_drafts(learnt: Calibration | None, there: Calibration | None) -> Calibration | None:
+    """What was learnt, unless the one that is there was counted on more drafts, as `calibrate` may have done."""
+    if learnt is None or there is None:
+        return learnt
+    counted, kept = (sum(sum(head.drafts) for head in each.heads) for each in (learnt, there))
+    return learnt if counted > kept else None
 
 
 def _joined(all_times: Iterable[StepTimes | None]) -> StepTimes | None:
