@@ -222,6 +222,25 @@ def test_merge_that_was_interrupted_is_done_again(tmp_path, monkeypatch):
     assert is_merged(source)
 
 
+def test_interrupted_merge_of_another_adapter_counts_for_neither(tmp_path, monkeypatch):
+    """What lies there is of the second adapter, when the first one is back with its old time."""
+    source = trained(tmp_path, "medusa-2", adapter=LORA)
+    prepare(source)
+    file = tmp_path / "run" / "adapter_model.safetensors"
+    content, stat = file.read_bytes(), file.stat()
+    os.utime(file, ns=(1, 1))
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merged_cache, "export", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source)
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not is_merged(source)
+
+
 def test_merge_leaves_what_others_wrote_there(tmp_path):
     source = trained(tmp_path, "medusa-2", adapter=LORA)
     (tmp_path / "run-served").mkdir()
