@@ -47,7 +47,7 @@ def heads(tmp_path_factory) -> Path:
                 parameter.normal_(std=1.0)
     prompts = [prompt_tokens(tokenizer, row) for row in read_prompts(PROMPTS, NUM_PROMPTS)]
     rows = [examples(model, prompt, TOKENS, NUM_HEADS) for prompt in prompts]
-    train(found, *(torch.cat(parts) for parts in zip(*rows, strict=True)), STEPS)
+    train(found, weight, *(torch.cat(parts) for parts in zip(*rows, strict=True)), STEPS)
     directory = tmp_path_factory.mktemp("heads") / "medusa_heads"
     write(directory, model, found, base)
     for file in (*base.glob("tokenizer*"), *base.glob("chat_template*")):
@@ -109,7 +109,7 @@ def test_what_serve_starts_is_found_right(heads, options, tmp_path, capsys):
         print(f"\n{options}:\n{found.stdout}{found.stderr[-600:]}")
     assert found.returncode == 0, found.stderr
     assert f"the tokens of {NUM_PROMPTS} of {NUM_PROMPTS} chats" in found.stdout
-    assert ("drafts only what pays" in found.stdout) is (options == ())
+    assert "nothing is wrong" in found.stdout
 
 
 @pytest.mark.parametrize(
