@@ -60,7 +60,7 @@ test-vllm-files: venv
 	$(VENV)/$(PIP_DOWNLOAD) --dest .vllm-files/wheel "vllm==$(NEWER_VLLM)" && \
 	$(VENV)/bin/python -c 'import glob, zipfile; z = zipfile.ZipFile(glob.glob(".vllm-files/wheel/*.whl")[0]); \
 	z.extractall(".vllm-files/$(NEWER_VLLM)", [n for n in z.namelist() if n.endswith(".py")])' && rm -r .vllm-files/wheel; }
-	VLLM_FILES=.vllm-files/$(NEWER_VLLM) $(VENV)/bin/python -m pytest tests/serving/test_vllm_contract.py -m "not vllm" $(ARGS)
+	VLLM_FILES=.vllm-files/$(NEWER_VLLM) $(VENV)/bin/python -m pytest tests/serving/test_vllm_contract.py tests/live/test_vllm_contract.py -m "not vllm" $(ARGS)
 
 docs: venv
 	$(VENV)/bin/python -m docs.write_pages

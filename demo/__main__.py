@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.machine import description
 from demo.model_server import ENVIRONMENT, VLLM_PYTHON, ServerStartError, half_precision, server, spec_decode_counters
+from demo.speeds import speeds
 
 from axolotl_medusa.model.checkpoints import checkpoints
 
@@ -141,7 +142,7 @@ def stage_train(_: argparse.Namespace) -> dict[str, Any]:
 
 
 def stage_serve(_: argparse.Namespace) -> dict[str, Any]:
-    """Serves the same model with the heads and reads the acceptance length that vLLM counts."""
+    """Serves the model with the heads: what vLLM accepts, and tokens/s of one request and of 32, plain and with heads."""
     if result("server")["kind"] != "vllm":
         print("Skipped: `transformers serve` does not know Medusa heads.")
         return {}
@@ -166,6 +167,7 @@ def stage_serve(_: argparse.Namespace) -> dict[str, Any]:
         "acceptance_per_position": positions,
         "same_answers": sum(answers[0][key] == text for key, text in answers[1].items()) / len(answers[1]),
         "report": report,
+        "speed": speeds(OUT, WORK / "logs"),
     }
 
 
@@ -188,6 +190,9 @@ def stage_summary(_: argparse.Namespace) -> dict[str, Any]:
         print(f"{'acceptance length, counted by vLLM':34}{'':12}{serve['acceptance_length']:12.3f}")
         shares = " ".join(f"{share:.3f}" for share in serve["acceptance_per_position"])
         print(f"{'drafts accepted up to head 0, 1, ..':34}{shares:>24}")
+    for name, by_requests in serve.get("speed", {}).items():
+        for requests, tokens_per_s in by_requests.items():
+            print(f"{f'tokens/s, {requests} at a time':34}{name.replace('_', ' '):>12}{tokens_per_s:12.1f}")
     summary = {
         "model": "SmolLM2-135M-Instruct",
         "server": result("server")["kind"],

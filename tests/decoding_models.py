@@ -44,9 +44,14 @@ def random_heads(num_heads: int = 5, vocab: int = VOCAB, hidden: int = HIDDEN, *
 
 
 @torch.no_grad()
-def fitted_heads(model, ids: Tensor, mask: Tensor, num_heads: int = 5, tokens: int = 30) -> MedusaHeads:
+def fitted_heads(
+    model, ids: Tensor, mask: Tensor, num_heads: int = 5, tokens: int = 30, bias_scale: float = 1.0
+) -> MedusaHeads:
     """Heads fitted by least squares to the model's greedy continuations: often right, and often not."""
     heads = random_heads(num_heads, vocab=model.config.vocab_size, hidden=model.config.hidden_size)
+    for name, parameter in heads.named_parameters():
+        if name.endswith("bias"):
+            parameter.mul_(bias_scale)
     text = model.generate(
         ids, attention_mask=mask, max_new_tokens=tokens + num_heads, do_sample=False, eos_token_id=None, pad_token_id=0
     )

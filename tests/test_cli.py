@@ -28,6 +28,9 @@ USAGE = {
     "generate": ["heads", "--prompt", "Hello"],
     "chat": ["heads"],
     "demo": ["heads"],
+    "serve": ["out"],
+    "plan": ["out"],
+    "check-server": ["http://127.0.0.1:8000", "heads"],
     "plot": ["out"],
 }
 

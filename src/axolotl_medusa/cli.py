@@ -29,11 +29,13 @@ class Command(NamedTuple):
         summary: What it does, for `--help`.
         add_arguments: Adds its arguments to its parser.
         run: Does it with the parsed arguments; ValueError, OSError and RuntimeError are the user's to read.
+        passes_on: Whether arguments that its parser does not know are another program's; they are in `others`.
     """
 
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+    passes_on: bool = False
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -275,6 +277,43 @@ def _estimate(options: argparse.Namespace) -> None:
     print(json.dumps(found.to_json(), indent=2) if options.json else text_of(found))
 
 
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    from axolotl_medusa.terminal.server_arguments import serve_arguments
+
+    serve_arguments(parser)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from axolotl_medusa.terminal.server_commands import run_serve
+
+    run_serve(options)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from axolotl_medusa.terminal.server_arguments import plan_arguments
+
+    plan_arguments(parser)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from axolotl_medusa.terminal.plan_command import run_plan
+
+    run_plan(options)
+
+
+def _check_server_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", metavar="URL", help="address of a vLLM server, with or without /v1; nobody else asks it")
+    _decoding_arguments(parser, max_new_tokens=64)
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL: id, prompt or messages (default: 16 of our own)")
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N prompts")
+
+
+def _check_server(options: argparse.Namespace) -> None:
+    from axolotl_medusa.terminal.server_commands import run_check_server
+
+    run_check_server(options)
+
+
 COMMANDS = {
     "estimate": Command(
         "compute memory and time of a training before anything is loaded", _estimate_arguments, _estimate
@@ -292,6 +331,21 @@ COMMANDS = {
     "generate": Command("answer a prompt with Medusa decoding", _generate_arguments, _generate),
     "chat": Command("chat in the terminal with Medusa decoding", _answer_arguments, _chat),
     "demo": Command("show plain and Medusa decoding of a prompt beside each other", _demo_arguments, _demo),
+    "serve": Command(
+        "serve heads with vLLM; options that are not listed here are vLLM's own, such as --port",
+        _serve_arguments,
+        _serve,
+        passes_on=True,
+    ),
+    "plan": Command(
+        "measure a server by load, with and without heads; options that are not listed here are vLLM's own",
+        _plan_arguments,
+        _plan,
+        passes_on=True,
+    ),
+    "check-server": Command(
+        "say why a server accepts less than the heads allow", _check_server_arguments, _check_server
+    ),
     "plot": Command("draw losses and accuracies of a training run", _plot_arguments, _plot),
 }
 
@@ -312,8 +366,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "axolotl-medusa") -> int
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.add_arguments(subparsers.add_parser(name, help=command.summary, description=command.summary))
-    options = parser.parse_args(argv)
+        command.add_arguments(
+            subparsers.add_parser(
+                name, help=command.summary, description=command.summary, allow_abbrev=not command.passes_on
+            )
+        )
+    options, others = parser.parse_known_args(argv)
+    if COMMANDS[options.command].passes_on:
+        options.others = others[1:] if others[:1] == ["--"] else others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("axolotl_medusa").setLevel(logging.INFO)
     for name in _NOISE:

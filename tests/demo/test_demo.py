@@ -93,6 +93,24 @@ def test_stage_summary_has_served_figures_only_where_heads_were_served(kind, wor
     assert "top-1 of head 1" in said
 
 
+def test_summary_ends_with_the_speeds_of_serve(work, capsys):
+    speed = {"plain": {"1": 16.7, "32": 125.5}, "with_heads": {"1": 18.0, "32": 125.0}}
+    finish("model")
+    finish("server", kind="vllm")
+    finish("generate", train=REPORT, heldout=REPORT)
+    finish("train", before=EVALUATION, after=EVALUATION, steps=5)
+    finish("serve", acceptance_length=1.2, acceptance_per_position=[0.2], same_answers=1.0, report=REPORT, speed=speed)
+    demo.stage_summary(PLAIN)
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.startswith("tokens/s")]
+    assert rows == [
+        "tokens/s, 1 at a time plain 16.7",
+        "tokens/s, 32 at a time plain 125.5",
+        "tokens/s, 1 at a time with heads 18.0",
+        "tokens/s, 32 at a time with heads 125.0",
+    ]
+    assert json.loads((work / "summary.json").read_text())["served"]["speed"] == speed
+
+
 @pytest.fixture
 def stages(monkeypatch) -> list[str]:
     """Replaces every stage; holds the names of those that ran."""

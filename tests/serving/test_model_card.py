@@ -11,7 +11,7 @@ import pytest
 import yaml
 from training_outputs import EVAL_METRICS
 
-from axolotl_medusa.serving.format_rules import TARGETS
+from axolotl_medusa.serving.format_rules import SERVED_BY, TARGETS
 from axolotl_medusa.serving.model_card import measured_in_training, model_card, serve_command
 
 CONFIG = {"medusa_num_heads": 3, "medusa_num_layers": 1, "original_lm_head": True}
@@ -61,6 +61,27 @@ def test_card_says_what_is_known_of_the_training():
     ):
         assert f"{row}\n" in body
     assert "```sh\nvllm serve x\n```" in body
+
+
+def test_card_for_vllm_gives_our_command_and_the_plain_one_with_its_versions():
+    body = card(directory="/out/it's")
+    own, plain = (
+        body.index("""```sh\naxolotl-medusa serve '/out/it'"'"'s'\n```"""),
+        body.index("```sh\nvllm serve x\n```"),
+    )
+    assert body.index("vLLM 0.32 or newer") < own < body.index("`vllm<0.33`") < plain
+    assert "axolotl-medusa serve DIR\n" in card()
+
+
+@pytest.mark.parametrize("target", sorted(set(TARGETS) - {"vllm"}))
+def test_card_for_other_servers_says_which_versions_load_it_and_what_became_of_them(target):
+    body = card(target=target)
+    versions, state = SERVED_BY[target]
+    assert f"With {versions} ({state}):\n\n```sh\n" in body and "axolotl-medusa serve" not in body
+
+
+def test_every_target_says_what_loads_it():
+    assert set(SERVED_BY) == set(TARGETS)
 
 
 def test_card_of_heads_of_unknown_origin_claims_nothing():

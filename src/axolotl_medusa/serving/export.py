@@ -97,6 +97,7 @@ def export(
         model="base" if source.model_kind == "base" else "adapter" if adapter else "full",
         serve=serve_command(target, str(out), base_model, num_heads, served.get("model_type", "")),
         measured=measured_in_training(source.output_dir),
+        directory=str(out),
     )
     (out / CARD_FILE).write_text(without_secrets(card), encoding="utf-8")
     if verify:

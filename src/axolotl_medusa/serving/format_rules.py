@@ -67,6 +67,40 @@ class Target:
         return f"{pattern.format(i=tensor.head, j=tensor.layer)}.{tensor.kind.removeprefix('linear.')}"
 
 
+class ServedBy(NamedTuple):
+    """What loads a format today.
+
+    Attributes:
+        versions: The server, and which of its versions load it.
+        state: What became of it, and since when.
+    """
+
+    versions: str
+    state: str
+
+
+SERVED_BY: dict[str, ServedBy] = {
+    "vllm": ServedBy(
+        "vLLM from 0.32 on with the drafter of axolotl-medusa; vllm<0.33 also with its own method `medusa`",
+        "vLLM 0.33 removed its own method (2026); the drafter was run on 0.32 and its interface compared with 0.33",
+    ),
+    "tgi": ServedBy("Text Generation Inference", "only maintained since December 2025"),
+    "lorax": ServedBy("LoRAX", "dormant: its last version stays as it is"),
+    "fasterdecoding": ServedBy(
+        "the Medusa authors' repository", "its present loader; its last announcement is of January 2024"
+    ),
+    "fasterdecoding-legacy": ServedBy("the Medusa authors' repository", "its first loader, for heads of 2023"),
+    "fasterdecoding-merged": ServedBy("the Medusa authors' repository", "the layout of its Medusa-2 models"),
+    "tensorrt-llm": ServedBy("TensorRT-LLM 1.2 and older", "its engine backend, which ran Medusa, was removed in 2026"),
+    "rtp-llm": ServedBy("rtp-llm", "was not tried"),
+    "modelopt": ServedBy(
+        "TensorRT-LLM 1.2 and older, through its LLM class for engines",
+        "its engine backend, which ran Medusa, was removed in 2026",
+    ),
+}
+"""By target. SGLang has no Medusa."""
+
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (

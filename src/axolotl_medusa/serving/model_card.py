@@ -18,6 +18,7 @@ from axolotl_medusa.model.checkpoints import checkpoint_step, checkpoints
 from axolotl_medusa.model.file_names import HEADS_FILE, HEADS_FOLDER, STATE_FILE
 from axolotl_medusa.model.head_form import HeadForm, form_of
 from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.serving.format_rules import SERVED_BY
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _RTP_MODEL_TYPES = {"qwen2": "qwen_2", "qwen3": "qwen_3"}
@@ -183,6 +184,7 @@ def model_card(
     model: str,
     serve: str,
     measured: Mapping[str, float] | None = None,
+    directory: str | None = None,
 ) -> str:
     """The text of an export's README.md.
 
@@ -194,6 +196,7 @@ def model_card(
         model: What has to be served with them: `base`, `adapter` or `full`.
         serve: The command that serves the export.
         measured: Metrics by the trainer's names, as `measured_in_training` gives them.
+        directory: Where the export is, for the command of this package that serves it.
     """
     yaml = meta.get("yaml")
     entries = yaml.get("datasets") if isinstance(yaml, Mapping) else None
@@ -216,13 +219,24 @@ is that of the served model, in fewer of its passes.
 {_measured(measured or {})}
 
 ## Serve
-```sh
-{serve}
-```
+{_serving(target, serve, directory)}
 Paths are those of the machine that exported; put in where the files are now.
 
 Written by axolotl-medusa.
 """
+
+
+def _serving(target: str, serve: str, directory: str | None) -> str:
+    """The commands that serve an export, and which versions of the server they are for."""
+    versions, state = SERVED_BY[target]
+    plain = f"```sh\n{serve}\n```"
+    if target != "vllm":
+        return f"With {versions} ({state}):\n\n{plain}"
+    own = f"```sh\naxolotl-medusa serve {shlex.quote(directory or 'DIR')}\n```"
+    return (
+        f"With axolotl-medusa and vLLM 0.32 or newer. It picks the method that the installed vLLM has, and drafts only what pays:\n\n"
+        f"{own}\n\nWith vLLM alone: `vllm<0.33`, the last with a method of its own for Medusa. It always drafts all tokens:\n\n{plain}"
+    )
 
 
 def _metadata(base_model: str | None, data: list[str]) -> str:

@@ -7,7 +7,7 @@ Contract: no model and no tensors; a tokenizer is whatever transformers loads. A
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from axolotl_medusa.decoding.library_errors import one_line_for
 from axolotl_medusa.model.json_files import parse_json
+from axolotl_medusa.terminal.default_prompts import DEFAULT_PROMPTS
 
 MAX_PROMPTS = 100_000
 """Rows that are read where nothing says how many: they are all kept in memory."""
@@ -66,21 +67,47 @@ def read_prompts(file: str | Path, limit: int | None = None) -> list[Prompt]:
     return prompts
 
 
-def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
+def default_prompts(limit: int | None = None) -> list[Prompt]:
+    """The prompts that a server is asked where nobody names any.
+
+    Raises:
+        ValueError: `limit` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}, expected at least 1")
+    texts = enumerate(DEFAULT_PROMPTS[:limit], 1)
+    return [Prompt(str(number), ({"role": "user", "content": text},)) for number, text in texts]
+
+
+def prompt_tokens(tokenizer: Any, prompt: Prompt, settings: Mapping[str, Any] | None = None) -> list[int]:
     """Tokens up to where the model answers the last user turn; answers after it are left out.
 
     With a chat template the conversation is rendered by it. Without one, a single turn is text to be continued.
 
+    Args:
+        tokenizer: The model's.
+        prompt: What to answer.
+        settings: What the template knows beside the turns, such as `enable_thinking`.
+
     Raises:
         ValueError: There is no user turn, several turns and no chat template, or the template refuses them.
         RuntimeError: The template needs jinja2, which is missing.
+    """
+    return _tokens(tokenizer, prompt.id, turns_to_answer(prompt), add_generation_prompt=True, settings=settings)
+
+
+def turns_to_answer(prompt: Prompt) -> list[Message]:
+    """The conversation up to its last user turn.
+
+    Raises:
+        ValueError: There is no user turn.
     """
     turns = list(prompt.messages)
     while turns and turns[-1]["role"] != "user":
         turns.pop()
     if not turns:
         raise ValueError(f"prompt {prompt.id} has no user turn, expected one to answer: add it or delete the row")
-    return _tokens(tokenizer, prompt.id, turns, add_generation_prompt=True)
+    return turns
 
 
 def conversation_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -93,7 +120,14 @@ def conversation_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
     return _tokens(tokenizer, prompt.id, list(prompt.messages), add_generation_prompt=False)
 
 
-def _tokens(tokenizer: Any, name: str, turns: list[Message], *, add_generation_prompt: bool) -> list[int]:
+def _tokens(
+    tokenizer: Any,
+    name: str,
+    turns: list[Message],
+    *,
+    add_generation_prompt: bool,
+    settings: Mapping[str, Any] | None = None,
+) -> list[int]:
     if tokenizer.chat_template is None:
         if len(turns) > 1:
             raise ValueError(
@@ -102,7 +136,9 @@ def _tokens(tokenizer: Any, name: str, turns: list[Message], *, add_generation_p
             )
         return list(tokenizer(turns[0]["content"])["input_ids"])
     with one_line_for(f"prompt {name}", "cannot be rendered by the chat template", "correct either of them"):
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt, **(settings or {})
+        )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written the special ones
 
 
