@@ -6,10 +6,11 @@ Contract: reads small JSON files and the sizes of large ones; opens no graph.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.onnx_decoding.graph_names import ABOUT_FILE, FORMAT
@@ -107,24 +108,37 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+class _Kind(NamedTuple):
+    """What a value must be."""
+
+    name: str
+    fits: Callable[[Any], bool]
+
+
+_NUMBER = _Kind("a whole number", lambda value: type(value) is int and 0 <= value < 2**31)
+_KINDS = {
+    "precision": _Kind(f"one of {', '.join(PRECISIONS)}", lambda value: value in PRECISIONS),
+    "mixes": _Kind("true or false", lambda value: isinstance(value, bool)),
+    "eos_token_ids": _Kind(
+        "a list of token ids", lambda value: isinstance(value, list) and all(map(_NUMBER.fits, value))
+    ),
+}
+
+
 def _about(model: Any, file: Path) -> About:
     if not isinstance(model, dict):
         raise ValueError(f"{file}: model is {shorten(model)}, expected an object: {_AGAIN}")
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(About):
-        value = model.get(field.name)
-        expected = {"precision": str, "mixes": bool, "eos_token_ids": list}.get(field.name, int)
-        wrong = type(value) is not expected or (expected is int and not 0 <= value < 2**31)
-        if wrong or (field.name == "eos_token_ids" and not all(type(token) is int for token in value)):
-            raise ValueError(f"{file}: {field.name} is {shorten(value)}, expected {_KINDS[expected]}: {_AGAIN}")
-        values[field.name] = tuple(value) if expected is list else value
+        value, kind = model.get(field.name), _KINDS.get(field.name, _NUMBER)
+        if not kind.fits(value):
+            raise ValueError(f"{file}: {field.name} is {shorten(value)}, expected {kind.name}: {_AGAIN}")
+        values[field.name] = tuple(value) if isinstance(value, list) else value
     about = About(**values)
-    if about.precision not in PRECISIONS or min(about.layers, about.kv_heads, about.head_size, about.num_heads) < 1:
-        raise ValueError(f"{file}: found {shorten(model)}, expected a precision of {PRECISIONS} and sizes: {_AGAIN}")
+    sizes = ("layers", "kv_heads", "head_size", "hidden_size", "vocab_size", "num_heads", "draft_top_k")
+    if empty := next((name for name in sizes if getattr(about, name) < 1), None):
+        raise ValueError(f"{file}: {empty} is 0, expected at least 1: {_AGAIN}")
     return about
-
-
-_KINDS = {str: "a text", bool: "true or false", list: "a list of token ids", int: "a whole number"}
 
 
 def _files(content: dict[str, Any], file: Path) -> dict[str, int]:

@@ -45,13 +45,13 @@ class OnnxHeads:
         Of a batch the whole tree is verified: its rows share one.
         """
         tokens: list[Array] = []
-        likely: list[Array] = []
+        likely: list[list[float]] = []
         part = tree
         for head in range(tree.depth):
             best, log_probabilities = self.best(head, hidden, tree.ranks_of(head))
             tokens.append(best)
             if self.least_probability > 0 and len(hidden) == 1:
-                likely.append(log_probabilities[0])
+                likely.append(log_probabilities[0].tolist())
                 part = likely_part(tree, likely, self.least_probability)
                 if part.depth <= head:
                     break

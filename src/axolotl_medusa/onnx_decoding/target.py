@@ -75,7 +75,8 @@ class Target:
 
     def lengths(self) -> Array:
         """Tokens of every row, `[B]`."""
-        return (self._positions != _FREE).sum(-1)
+        lengths: Array = (self._positions != _FREE).sum(-1)
+        return lengths
 
     def forward(
         self, tokens: Array, positions: Array, sees: Array, asked: Array, *, all_logits: bool = False

@@ -95,7 +95,7 @@ class HeadGraph(nn.Module):
         return tokens, best - logits.logsumexp(-1, keepdim=True)
 
 
-class _Written(CacheLayerMixin):
+class _Written(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer in the caller's buffers."""
 
     is_sliding = False
