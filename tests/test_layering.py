@@ -19,10 +19,12 @@ MAY_IMPORT = {
     "losses": set(),
     "serving": {"model"},
     "decoding": {"model"},
+    "onnx_decoding": {"decoding", "model"},
+    "onnx_export": {"decoding", "model", "onnx_decoding", "serving"},
     "training": {"losses", "model"},
     "estimating": {"losses", "model", "training"},
     "measuring": {"decoding", "model"},
-    "terminal": {"decoding", "measuring", "model"},
+    "terminal": {"decoding", "measuring", "model", "onnx_decoding"},
 }
 """What the modules of a room may import of ours, inside functions too: their own room and these."""
 
@@ -47,11 +49,15 @@ USES_AXOLOTL = {
 LAZY = {"__init__", "cli"}
 """Modules that import ours only inside functions."""
 
-INSTALLED = {"pydantic", "safetensors", "torch", "transformers"}
-"""What `install_requires` brings; anything else must be imported where it is used."""
+INSTALLED = {"numpy", "pydantic", "safetensors", "torch", "transformers"}
+"""What `install_requires` brings, numpy with transformers; anything else must be imported where it is used."""
 
 STAYS_LIGHT = {
+    "decoding.acceptance",
+    "decoding.arrays",
+    "decoding.auto_steps",
     "decoding.library_errors",
+    "decoding.running_rows",
     "decoding.tree",
     "decoding.tree_chooser",
     "errors",
@@ -72,6 +78,17 @@ STAYS_LIGHT = {
     "serving.head_names",
     "serving.model_card",
     "serving.push",
+    "onnx_decoding.decoding",
+    "onnx_decoding.directory",
+    "onnx_decoding.graph_names",
+    "onnx_decoding.heads",
+    "onnx_decoding.onnx_medusa",
+    "onnx_decoding.sessions",
+    "onnx_decoding.target",
+    "onnx_decoding.tokenizer",
+    "onnx_export.card",
+    "terminal.chat",
+    "terminal.onnx_commands",
     "terminal.outputs",
     "terminal.prompts",
     "training.args",

@@ -7,9 +7,11 @@ function that adds its arguments and one that runs it, both named in `COMMANDS`;
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -127,8 +129,13 @@ def _push(options: argparse.Namespace) -> None:
 
 def _decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """What all commands that decode have in common."""
-    parser.add_argument("heads", metavar="HEADS", help="an output_dir, a checkpoint in it, or a medusa_heads")
+    parser.add_argument(
+        "heads", metavar="HEADS", help="an output_dir, a checkpoint in it, a medusa_heads, or an ONNX export"
+    )
     parser.add_argument("--base-model", metavar="M", help="directory or Hub name; by default what training wrote down")
+    parser.add_argument(
+        "--provider", choices=("cpu", "cuda", "openvino"), help="of an ONNX export: what runs it (default: cpu)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -220,15 +227,22 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from axolotl_medusa.terminal.commands import run_generate
-
-    run_generate(options)
+    _decoding_commands(options).run_generate(options)
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from axolotl_medusa.terminal.commands import run_chat
+    _decoding_commands(options).run_chat(options)
 
-    run_chat(options)
+
+def _decoding_commands(options: argparse.Namespace) -> ModuleType:
+    """The module that decodes what HEADS is; that of ONNX directories imports no torch."""
+    from axolotl_medusa.onnx_decoding.directory import is_onnx_directory
+
+    if is_onnx_directory(options.heads):
+        return importlib.import_module("axolotl_medusa.terminal.onnx_commands")
+    if options.provider:
+        raise ValueError(f"--provider is for ONNX directories, {options.heads} is none: leave it out")
+    return importlib.import_module("axolotl_medusa.terminal.commands")
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from reprlib import repr as shorten
 from typing import Any, NamedTuple
 
 from axolotl_medusa.model.json_files import read_json
-from axolotl_medusa.onnx_decoding.graph_names import ABOUT_FILE, FORMAT
+from axolotl_medusa.onnx_decoding.graph_names import ABOUT_FILE, FORMAT, MODEL_FILE
 
 _AGAIN = "export it again with `axolotl-medusa export --to onnx`"
 _AT_ONCE = 1 << 20
@@ -56,8 +56,9 @@ PRECISIONS = ("fp32", "int8", "int4")
 
 
 def is_onnx_directory(path: str | Path) -> bool:
-    """Whether `axolotl-medusa export --to onnx` wrote this directory."""
-    return (Path(path).expanduser() / ABOUT_FILE).is_file()
+    """Whether `axolotl-medusa export --to onnx` wrote this directory, or a part of it."""
+    directory = Path(path).expanduser()
+    return any((directory / name).is_file() for name in (ABOUT_FILE, MODEL_FILE))
 
 
 def read_about(directory: str | Path) -> About:

@@ -77,13 +77,13 @@ def write_step_graph(model: nn.Module, about: About, file: Path) -> None:
     bias, rows = torch.zeros(2, 3, 5), torch.tensor([[0, 1, 2], [0, 1, 2]])
     buffers = [torch.zeros(2, about.kv_heads, 5, about.head_size) for _ in range(2 * about.layers)]
     names = cache_names(about.layers)
-    inputs: dict[str, Any] = {
+    inputs: dict[str, Any] = {  # no tensor twice: the exporter would take two inputs for one
         "input_ids": ids,
-        "position_ids": rows,
+        "position_ids": rows.clone(),
         "attention_bias": bias,
-        "sliding_bias": bias if about.mixes else None,
+        "sliding_bias": bias.clone() if about.mixes else None,
         "columns": rows,
-        "asked": rows[:, :2],
+        "asked": rows[:, :2].clone(),
         "logits_of": torch.tensor([0, 1]),
         "cache": buffers,
     }

@@ -1,0 +1,62 @@
+"""What `generate` and `chat` do with an ONNX directory.
+
+Contract: as `terminal.commands`, but imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, Literal
+
+from axolotl_medusa.decoding.tree import Tree
+from axolotl_medusa.decoding.tree_chooser import AUTO
+from axolotl_medusa.onnx_decoding.onnx_medusa import OnnxMedusa
+from axolotl_medusa.onnx_decoding.tokenizer import LightTokenizer
+from axolotl_medusa.terminal.chat import Answerer, Chat
+
+_OF_TORCH = {
+    "base_model": "--base-model",
+    "load_in_8bit": "--load-in-8bit",
+    "load_in_4bit": "--load-in-4bit",
+    "trust_remote_code": "--trust-remote-code",
+    "compile": "--compile",
+}
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Prints an answer while it is written; what it took goes to stderr."""
+    _, speed = _answerer(options).answer([{"role": "user", "content": options.prompt}])
+    print(f"[{speed}]", file=sys.stderr)
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    """Talks in the terminal."""
+    answerer = _answerer(options)
+    answerer.colour = sys.stdout.isatty()
+    Chat(answerer, input).run()
+
+
+def load_onnx(options: argparse.Namespace) -> tuple[OnnxMedusa, Any]:
+    """Opens the directory that the arguments name, and its tokenizer.
+
+    Raises:
+        ValueError: It is damaged, or arguments are for torch alone.
+    """
+    if unfit := next((flag for name, flag in _OF_TORCH.items() if getattr(options, name, None)), None):
+        raise ValueError(
+            f"{unfit} with the ONNX directory {options.heads}, which holds its own model: leave {unfit} out"
+        )
+    if options.dtype != "auto":
+        raise ValueError(
+            f"--dtype {options.dtype} with the ONNX directory {options.heads}, whose type was chosen when it was exported: "
+            "leave it out, or export with another --precision"
+        )
+    model = OnnxMedusa.from_pretrained(options.heads, options.provider or "cpu")
+    return model, LightTokenizer(options.heads)
+
+
+def _answerer(options: argparse.Namespace) -> Answerer:
+    model, tokenizer = load_onnx(options)
+    tree: Tree | Literal["auto"] = AUTO if options.tree == AUTO else model.tree(options.tree)
+    return Answerer(model, tokenizer, tree, options.temperature, options.max_new_tokens, sys.stdout)
