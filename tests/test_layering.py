@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "onnx_export": {"decoding", "model", "onnx_decoding", "serving"},
     "training": {"losses", "model"},
     "estimating": {"losses", "model", "training"},
-    "measuring": {"decoding", "model"},
+    "measuring": {"decoding", "model", "onnx_decoding"},
     "terminal": {"decoding", "measuring", "model", "onnx_decoding"},
 }
 """What the modules of a room may import of ours, inside functions too: their own room and these."""
@@ -63,6 +63,7 @@ STAYS_LIGHT = {
     "errors",
     "estimating.plan",
     "estimating.sizes",
+    "measuring.onnx_tuning",
     "measuring.plots",
     "measuring.training_plots",
     "measuring.tree_search",

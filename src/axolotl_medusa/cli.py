@@ -189,9 +189,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from axolotl_medusa.terminal.commands import run_evaluate
-
-    run_evaluate(options)
+    _decoding_commands(options).run_evaluate(options)
 
 
 def _tree_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,9 +205,7 @@ def _tree_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _tree(options: argparse.Namespace) -> None:
-    from axolotl_medusa.terminal.commands import run_tree
-
-    run_tree(options)
+    _decoding_commands(options).run_tree(options)
 
 
 def _answer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -253,9 +249,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from axolotl_medusa.terminal.commands import run_demo
-
-    run_demo(options)
+    _decoding_commands(options).run_demo(options)
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:

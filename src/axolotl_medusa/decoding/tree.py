@@ -295,6 +295,19 @@ def read_tree(file: str | Path) -> Tree:
         raise ValueError(f"{file}: {error}") from error
 
 
+def read_least_probability(file: str | Path) -> float:
+    """How likely a draft's path must be to be verified, as a tree's file says; 0 where it says nothing.
+
+    Raises:
+        ValueError: It is no probability.
+    """
+    content = parse_json(Path(file).expanduser().read_bytes(), str(file))
+    least = content.get("least_probability", 0.0) if isinstance(content, dict) else 0.0
+    if not isinstance(least, int | float) or isinstance(least, bool) or not 0 <= least <= 1:
+        raise ValueError(f"{file}: least_probability is {shorten(least)}, expected a number from 0 to 1")
+    return float(least)
+
+
 def write_tree(file: str | Path, tree: Tree, **facts: Any) -> None:
     """Writes a tree and facts about it (where it comes from, what is expected of it), whole or not at all."""
     file = Path(file).expanduser()

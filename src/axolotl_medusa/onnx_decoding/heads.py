@@ -27,12 +27,14 @@ class OnnxHeads:
         num_heads: Heads that there are.
         vocab_size: As above.
         least_probability: Drafts of paths that are less likely, by what the heads say, are not verified; 0 for all.
+        least_of: The same for single trees, as their files say.
     """
 
     def __init__(self, sessions: Sequence[Any], vocab_size: int) -> None:
         self._sessions = sessions
         self.num_heads, self.vocab_size = len(sessions), vocab_size
         self.least_probability = 0.0
+        self.least_of: dict[Tree, float] = {}
 
     def best(self, head: int, hidden: Array, top_k: int) -> tuple[Array, Array]:
         """Best tokens first of a head and the logarithms of their probabilities, `[B, top_k]` each; `hidden` is `[B, H]`."""
@@ -46,13 +48,13 @@ class OnnxHeads:
         """
         tokens: list[Array] = []
         likely: list[list[float]] = []
-        part = tree
+        part, least = tree, self.least_of.get(tree, self.least_probability)
         for head in range(tree.depth):
             best, log_probabilities = self.best(head, hidden, tree.ranks_of(head))
             tokens.append(best)
-            if self.least_probability > 0 and len(hidden) == 1:
+            if least > 0 and len(hidden) == 1:
                 likely.append(log_probabilities[0].tolist())
-                part = likely_part(tree, likely, self.least_probability)
+                part = likely_part(tree, likely, least)
                 if part.depth <= head:
                     break
         drafts = [tokens[head][:, rank] for head, rank in part.picks]

@@ -6,6 +6,8 @@ Contract: token ids in and out; needs numpy and onnxruntime. `tokenizer` turns t
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -13,17 +15,26 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from axolotl_medusa.cpu_instructions import cpu_name
 from axolotl_medusa.decoding.acceptance import Acceptance, AcceptanceRule, accept_greedy, acceptance_rule
 from axolotl_medusa.decoding.arrays import NumpyArrays
 from axolotl_medusa.decoding.auto_steps import AutoSteps
 from axolotl_medusa.decoding.running_rows import GenerationStats, check_lengths
-from axolotl_medusa.decoding.tree import Tree, asked_tree
-from axolotl_medusa.decoding.tree_chooser import AUTO, PLAIN, TreeChooser, candidate_trees, tuned_trees, why_plain
+from axolotl_medusa.decoding.tree import Tree, asked_tree, read_least_probability
+from axolotl_medusa.decoding.tree_chooser import (
+    AUTO,
+    PLAIN,
+    TreeChooser,
+    candidate_trees,
+    tuned_file,
+    tuned_trees,
+    why_plain,
+)
 from axolotl_medusa.onnx_decoding.decoding import OnnxDecoding
 from axolotl_medusa.onnx_decoding.directory import About, read_about
 from axolotl_medusa.onnx_decoding.graph_names import MODEL_FILE, head_file
 from axolotl_medusa.onnx_decoding.heads import OnnxHeads
-from axolotl_medusa.onnx_decoding.sessions import check_provider, open_session
+from axolotl_medusa.onnx_decoding.sessions import check_provider, open_session, runtime
 from axolotl_medusa.onnx_decoding.target import Target
 
 LOG = logging.getLogger(__name__)
@@ -83,8 +94,11 @@ class OnnxMedusa:
         check_provider(provider, about.precision)
         session = open_session(directory / MODEL_FILE, provider, threads)
         drafters = [open_session(directory / head_file(head), provider, threads) for head in range(about.num_heads)]
+        heads = OnnxHeads(drafters, about.draft_top_k)
         tuned = tuned_trees(directory, about.num_heads, about.draft_top_k)
-        return cls(about, session, OnnxHeads(drafters, about.draft_top_k), provider, tuned)
+        if tuned and (file := tuned_file(directory)):
+            heads.least_of |= dict.fromkeys(tuned, read_least_probability(file))
+        return cls(about, session, heads, provider, tuned)
 
     @property
     def context(self) -> int | None:
@@ -96,6 +110,15 @@ class OnnxMedusa:
         """Tokens that end a text."""
         return list(self.about.eos_token_ids)
 
+    def environment(self) -> dict[str, Any]:
+        """What a measurement depends on."""
+        return {
+            "onnxruntime": runtime().__version__,
+            "device": cpu_name() or platform.machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "precision": self.about.precision,
+        }
+
     def chooser(self) -> TreeChooser:
         """What chooses the trees of `auto`, one for all decodings, so that what it learned is used again."""
         if self._chooser is None:
@@ -104,12 +127,15 @@ class OnnxMedusa:
         return self._chooser
 
     def tree(self, tree: Tree | str | Path | None = None) -> Tree:
-        """The tree that an argument means, as `MedusaModel.tree`.
+        """The tree that an argument means, as `MedusaModel.tree`; a file also says how sure its drafts must be.
 
         Raises:
             ValueError: It is unknown or does not fit the heads.
         """
-        return asked_tree(tree, self.heads.num_heads, self.heads.vocab_size)
+        found = asked_tree(tree, self.heads.num_heads, self.heads.vocab_size)
+        if isinstance(tree, str | Path) and Path(tree).expanduser().is_file():
+            self.heads.least_of[found] = read_least_probability(tree)
+        return found
 
     def decoding(
         self,

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,16 @@ def _export(
             ) from error
         if program is None:
             raise RuntimeError("torch.onnx.export gave no program: update torch")
+        for node in program.model.graph:
+            if node.op_type == "TopK":  # their last axis is an input's value, not that of the example
+                _set_shapes([*node.outputs, *program.model.graph.outputs], ["batch", TOP_K])
         program.save(str(file), external_data=external_data)
+
+
+def _set_shapes(values: Sequence[Any], names: list[str]) -> None:
+    shape = importlib.import_module("onnx_ir").Shape
+    for value in values:
+        value.shape = shape(names)
 
 
 def quantize(file: Path, bits: int, *, data_file: str | None = None) -> None:

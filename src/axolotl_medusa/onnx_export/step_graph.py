@@ -82,7 +82,9 @@ class HeadGraph(nn.Module):
 
     def forward(self, hidden: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
         """Best tokens first, `[B, top_k]`, and the logarithms of their probabilities; `hidden` is `[B, H]`."""
-        logits = self.output_layer(self.blocks(hidden))
+        logits = self.output_layer(self.blocks(hidden[:, None])).squeeze(
+            1
+        )  # of two axes it would be a Gemm, which stays fp32
         shape = (logits.shape[0], 2)
         best, tokens = torch.onnx.ops.symbolic_multi_out(
             "TopK",

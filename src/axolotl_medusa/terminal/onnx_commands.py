@@ -1,4 +1,4 @@
-"""What `generate` and `chat` do with an ONNX directory.
+"""What `generate`, `chat` and `tree` do with an ONNX directory.
 
 Contract: as `terminal.commands`, but imports neither torch nor transformers.
 """
@@ -9,11 +9,15 @@ import argparse
 import sys
 from typing import Any, Literal
 
-from axolotl_medusa.decoding.tree import Tree
+from axolotl_medusa.decoding.running_rows import check_lengths
+from axolotl_medusa.decoding.tree import Tree, write_tree
 from axolotl_medusa.decoding.tree_chooser import AUTO
+from axolotl_medusa.measuring.onnx_tuning import tune_onnx_tree
 from axolotl_medusa.onnx_decoding.onnx_medusa import OnnxMedusa
 from axolotl_medusa.onnx_decoding.tokenizer import LightTokenizer
 from axolotl_medusa.terminal.chat import Answerer, Chat
+from axolotl_medusa.terminal.outputs import check_json_output
+from axolotl_medusa.terminal.prompts import prompt_tokens, read_prompts
 
 _OF_TORCH = {
     "base_model": "--base-model",
@@ -35,6 +39,26 @@ def run_chat(options: argparse.Namespace) -> None:
     answerer = _answerer(options)
     answerer.colour = sys.stdout.isatty()
     Chat(answerer, input).run()
+
+
+def run_tree(options: argparse.Namespace) -> None:
+    """Searches the fastest tree and how sure its drafts must be, and writes both."""
+    check_json_output(options.out, {"choices", "num_nodes", "calibration"}, "--out")
+    rows = read_prompts(options.calibration, options.limit)
+    model, tokenizer = load_onnx(options)
+    prompts = [prompt_tokens(tokenizer, row) for row in rows]
+    check_lengths([len(prompt) for prompt in prompts], options.max_new_tokens, model.context)
+    tuned = tune_onnx_tree(model, prompts, options.nodes, options.max_new_tokens)
+    facts = {"heads": str(options.heads), "calibration": str(options.calibration), "runtime": model.environment()}
+    write_tree(options.out, tuned.tree, **facts, **tuned.facts())
+    ratios = ", ".join(f"{nodes}: {ratio:.2f}" for nodes, ratio in tuned.times.ratios.items())
+    print(
+        f"a step by nodes, in plain steps of {tuned.times.plain_s * 1000:.1f} ms: {ratios}; a head {tuned.times.head_ratio:.3f}"
+    )
+    print(tuned.reason)
+    if tuned.measured_speed_up is not None:
+        print(f"measured on held-out prompts: {tuned.measured_speed_up:.3f} x plain")
+    print(f"written to {options.out}: {tuned.tree.num_nodes} nodes, depth {tuned.tree.depth}")
 
 
 def load_onnx(options: argparse.Namespace) -> tuple[OnnxMedusa, Any]:
