@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from example_tokenizers import make_tokenizer
 from onnx_directories import HEADS, greedy, known_prompts
 from scipy.stats import chisquare
 
@@ -20,6 +23,7 @@ from axolotl_medusa.onnx_decoding.onnx_medusa import OnnxMedusa
 from axolotl_medusa.onnx_decoding.sessions import check_provider, open_session
 
 PROMPTS = [*known_prompts(4), [7]]
+PAGE = Path(__file__).parents[2] / "docs" / "onnx.md"
 TREES = {
     "plain": Tree(),
     "chain": chain(HEADS),
@@ -98,6 +102,18 @@ def test_text_streams_step_by_step(llama, expected):
     assert [token for step in streamer.steps[1:] for token in step] == expected[0]
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_code_of_the_page_writes_the_models_text(llama_directory, number, capsys):
+    model, directory = llama_directory
+    code = re.findall(r"(?s)```python\n(.*?)```", PAGE.read_text(encoding="utf-8"))[number]
+    exec(code.replace('"DIR', f'"{directory}'), {})
+    tokenizer = make_tokenizer("zephyr")
+    prompt = tokenizer("The capital of France is")["input_ids"]
+    text = greedy(model, prompt, 20)
+    whole = f"{tokenizer.decode(text)} " if number == 0 else tokenizer.decode(prompt + text, skip_special_tokens=True)
+    assert capsys.readouterr().out.startswith(whole)
+
+
 FALSE_ALARM = 1e-4
 """Chance that the chi-square test would fail with a correct sampler and another seed."""
 
@@ -163,8 +179,6 @@ sys.exit(main(["generate", {str(directory)!r}, "--prompt", "Hi", "--max-new-toke
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    from example_tokenizers import make_tokenizer
-
     tokenizer = make_tokenizer("zephyr")
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True

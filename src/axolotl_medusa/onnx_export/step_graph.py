@@ -149,6 +149,7 @@ def grouped_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """`softmax(q kᵀ · scaling + bias) v`, in which the query heads of a group go together and no key is repeated.
@@ -162,10 +163,16 @@ def grouped_attention(
         scaling: Of the scores, `size ** -0.5` by default.
         dropout: Must be 0.
         softcap: Soft-cap of the scores (Gemma 2), None for none.
+        s_aux: Attention sinks; must be None.
 
     Returns:
         `[B, n, heads, size]`, and no weights.
+
+    Raises:
+        ValueError: The layer has attention sinks.
     """
+    if s_aux is not None:
+        raise ValueError(f"{type(module).__name__} has attention sinks, expected none")
     batch, heads, new, size = query.shape
     groups = key.shape[1]
     scale = size**-0.5 if scaling is None else scaling
