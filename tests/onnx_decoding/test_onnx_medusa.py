@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 from example_tokenizers import make_tokenizer
-from onnx_directories import HEADS, greedy, known_prompts
+from onnx_directories import HEADS, greedy, known_prompts, model_with_heads
 from scipy.stats import chisquare
 
 from axolotl_medusa.cli import main
+from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.tree import Tree, chain, default_tree
+from axolotl_medusa.measuring.calibration import head_ranks
+from axolotl_medusa.measuring.onnx_runs import onnx_head_ranks
 from axolotl_medusa.onnx_decoding.onnx_medusa import OnnxMedusa
 from axolotl_medusa.onnx_decoding.sessions import check_provider, open_session
 
@@ -186,6 +189,53 @@ sys.exit(main(["generate", {str(directory)!r}, "--prompt", "Hi", "--max-new-toke
     prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert run.stdout == tokenizer.decode(greedy(model, prompt, 8), skip_special_tokens=True) + "\n"
     assert "8 tokens" in run.stderr and len(run.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    rows = [{"id": str(number), "prompt": text} for number, text in enumerate(("Hi", "No?", "a b c", "Why"))]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(tmp_path / "prompts.jsonl")
+
+
+def test_commands_measure_and_tune(llama_directory, prompts_file, tmp_path, capsys):
+    directory = str(llama_directory[1])
+    report = tmp_path / "report.json"
+    options = ["--max-new-tokens", "16", "--limit", "4"]
+    assert (
+        main(["evaluate", directory, "--prompts", prompts_file, "--json", str(report), "--tree=default-8", *options])
+        == 0
+    )
+    found = json.loads(report.read_text())
+    decoders = found["overall"]["decoders"]
+    assert [decoders[name]["agreement"] for name in ("plain", "chain", "tree")] == [1.0, 1.0, 1.0]
+    assert decoders["plain"]["acceptance_length"] == 1.0 <= decoders["tree"]["acceptance_length"]
+    assert [head["positions"] for head in found["overall"]["heads"]] == [60, 56]
+    assert found["model"]["dtype"] == "fp32" and found["steps"]["ratios"]["1"] == 1.0
+    tree = str(tmp_path / "tree.json")
+    assert main(["tree", directory, "--calibration", prompts_file, "--out", tree, "--nodes", "8", *options]) == 0
+    assert "written to" in capsys.readouterr().out
+    written = json.loads((tmp_path / "tree.json").read_text())
+    assert 0 <= written["least_probability"] < 1 and written["step_ratios"]["1"] == 1.0
+    assert main(["generate", directory, "--prompt", "Hi", "--tree", tree, "--max-new-tokens", "8"]) == 0
+    (tmp_path / "tree.json").write_text(json.dumps({**written, "least_probability": 2}))
+    assert main(["generate", directory, "--prompt", "Hi", "--tree", tree]) == 1
+    assert "least_probability is 2, expected a number from 0 to 1" in capsys.readouterr().err
+    assert main(["demo", directory]) == 1
+    assert "is an ONNX directory, which demo does not take" in capsys.readouterr().err
+
+
+def test_ranks_of_an_answer_are_those_of_torch(llama):
+    model, medusa = llama
+    _, heads = model_with_heads(tokenizer=True, eos_token_id=None)
+    continuation = greedy(model, PROMPTS[0], 20)
+    theirs = head_ranks(MedusaModel(model, heads), PROMPTS[0], continuation, 5)
+    ours = onnx_head_ranks(medusa, PROMPTS[0], continuation, 5)
+    same = [
+        one == other for row, others in zip(ours, theirs, strict=True) for one, other in zip(row, others, strict=True)
+    ]
+    assert ours[-1] == [ours[-1][0], -1] and sum(same) >= len(same) - 2  # the heads' output layers are int8 here
+    assert len({rank for row in ours for rank in row}) > 3
 
 
 @pytest.fixture

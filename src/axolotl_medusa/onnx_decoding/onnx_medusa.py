@@ -35,7 +35,7 @@ from axolotl_medusa.onnx_decoding.directory import About, read_about
 from axolotl_medusa.onnx_decoding.graph_names import MODEL_FILE, head_file
 from axolotl_medusa.onnx_decoding.heads import OnnxHeads
 from axolotl_medusa.onnx_decoding.sessions import check_provider, open_session, runtime
-from axolotl_medusa.onnx_decoding.target import Target
+from axolotl_medusa.onnx_decoding.target import Array, Forward, Target
 
 LOG = logging.getLogger(__name__)
 
@@ -109,6 +109,25 @@ class OnnxMedusa:
     def eos_token_ids(self) -> list[int]:
         """Tokens that end a text."""
         return list(self.about.eos_token_ids)
+
+    def hidden(self, text: Sequence[int]) -> Array:
+        """Hidden states after the final norm at every token of a text, `[tokens, H]`."""
+        states: Array = self.forward(text, np.arange(len(text))).hidden[0]
+        return states
+
+    def forward(self, text: Sequence[int], asked: Array, *, all_logits: bool = False) -> Forward:
+        """One forward over a text, without anything before it.
+
+        Args:
+            text: Token ids.
+            asked: Places in it that are asked for their next token.
+            all_logits: Whether all logits are wanted there.
+        """
+        places = np.arange(len(text))[None]
+        target = Target(self._session, self.about, 1, self._device)
+        return target.forward(
+            np.array([text]), places, np.tri(len(text), dtype=bool), asked[None], all_logits=all_logits
+        )
 
     def environment(self) -> dict[str, Any]:
         """What a measurement depends on."""

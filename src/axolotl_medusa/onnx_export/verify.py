@@ -21,7 +21,7 @@ from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.onnx_decoding.directory import read_about
 from axolotl_medusa.onnx_decoding.graph_names import MODEL_FILE, head_file
 from axolotl_medusa.onnx_decoding.onnx_medusa import OnnxMedusa
-from axolotl_medusa.onnx_decoding.target import Array, Target
+from axolotl_medusa.onnx_decoding.target import Array
 from axolotl_medusa.onnx_decoding.tokenizer import LightTokenizer
 
 NEW_TOKENS = 24
@@ -123,11 +123,7 @@ def _difference(model: OnnxMedusa, expected: Expected, place: int) -> float:
     """Largest difference of the logits, relative to the largest of torch's."""
     text = [*expected.prompts[place], *expected.tokens[place]]
     wanted = expected.logits[place]
-    target = Target(model._session, model.about, 1)
-    asked = np.arange(len(text))[None, -len(wanted) :]
-    forward = target.forward(
-        np.array([text]), np.arange(len(text))[None], np.tri(len(text), dtype=bool), asked, all_logits=True
-    )
+    forward = model.forward(text, np.arange(len(text))[-len(wanted) :], all_logits=True)
     return float(np.abs(forward.logits[0] - wanted).max() / max(np.abs(wanted).max(), 1e-6))
 
 

@@ -1,23 +1,25 @@
-"""What `generate`, `chat` and `tree` do with an ONNX directory.
+"""What the decoding commands do with an ONNX directory.
 
-Contract: as `terminal.commands`, but imports neither torch nor transformers.
+Contract: as `terminal.commands`, but imports neither torch nor transformers; `evaluate` does, when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from typing import Any, Literal
 
 from axolotl_medusa.decoding.running_rows import check_lengths
-from axolotl_medusa.decoding.tree import Tree, write_tree
+from axolotl_medusa.decoding.tree import Tree, chain, write_tree
 from axolotl_medusa.decoding.tree_chooser import AUTO
-from axolotl_medusa.measuring.onnx_tuning import tune_onnx_tree
+from axolotl_medusa.measuring.onnx_tuning import ROUNDS, measure_onnx_steps, tune_onnx_tree
 from axolotl_medusa.onnx_decoding.onnx_medusa import OnnxMedusa
 from axolotl_medusa.onnx_decoding.tokenizer import LightTokenizer
 from axolotl_medusa.terminal.chat import Answerer, Chat
 from axolotl_medusa.terminal.outputs import check_json_output
 from axolotl_medusa.terminal.prompts import prompt_tokens, read_prompts
+from axolotl_medusa.terminal.reports import print_report, write_report
 
 _OF_TORCH = {
     "base_model": "--base-model",
@@ -59,6 +61,52 @@ def run_tree(options: argparse.Namespace) -> None:
     if tuned.measured_speed_up is not None:
         print(f"measured on held-out prompts: {tuned.measured_speed_up:.3f} x plain")
     print(f"written to {options.out}: {tuned.tree.num_nodes} nodes, depth {tuned.tree.depth}")
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """Evaluates heads on a prompts file, prints a summary, and writes the report where asked to; this needs torch."""
+    from axolotl_medusa.measuring.evaluate import PromptTokens, evaluate
+    from axolotl_medusa.measuring.step_times import StepTimes
+
+    for flag in ("held_out", "plots", "original"):
+        if getattr(options, flag):
+            name = f"--{flag.replace('_', '-')}"
+            raise ValueError(
+                f"{name} with the ONNX directory {options.heads}: give the heads themselves, or leave it out"
+            )
+    if options.json:
+        check_json_output(options.json, {"heads", "prompts_file", "overall"}, "--json")
+    rows = read_prompts(options.prompts, options.limit)
+    model, tokenizer = load_onnx(options)
+    prompts = [PromptTokens(row.id, prompt_tokens(tokenizer, row), row.category) for row in rows]
+    trees = {"chain": chain(model.heads.num_heads), "tree": model.tree(options.tree)}
+    facts = model.environment()
+    report = {
+        "heads": str(options.heads),
+        "prompts_file": str(options.prompts),
+        "versions": {"onnxruntime": facts["onnxruntime"]},
+        "hardware": {"device": facts["device"], "cpu_cores": facts["cores"], "threads": facts["cores"]},
+        "model": {"type": "ONNX", "dtype": facts["precision"]},
+        **evaluate(model, prompts, trees, options.max_new_tokens),
+    }
+    measured = measure_onnx_steps(
+        model, sorted(prompts, key=lambda prompt: len(prompt.input_ids))[len(prompts) // 2].input_ids
+    )
+    times = StepTimes(measured.plain_s, measured.ratios, len(prompts), ROUNDS)
+    report["steps"] = {**dataclasses.asdict(measured), "rounds": ROUNDS}
+    print_report(report, times)
+    write_report(report, options.json)
+    if options.json:
+        print(f"report: {options.json}")
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    """Refuses: the race is between decoders of torch.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(f"{options.heads} is an ONNX directory, which demo does not take: use generate, chat or evaluate")
 
 
 def load_onnx(options: argparse.Namespace) -> tuple[OnnxMedusa, Any]:
