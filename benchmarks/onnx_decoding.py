@@ -2,7 +2,7 @@
 
     python -m benchmarks.overfitted_heads .demo/smollm2 HEADS        # or any heads of your own
     axolotl-medusa export HEADS --to onnx --out DIR                  # and again with --precision int8 and int4
-    python -m benchmarks.onnx_decoding HEADS DIR [DIR ...] [--limit 4] [--json OUT]
+    python -m benchmarks.onnx_decoding HEADS DIR [DIR ...] [--limit 4] [--json OUT]     # directories by their own names
 
 Every prompt is decoded greedily and past the end of a text by every decoder, each prompt beginning with another one. Of every
 directory the tree and the threshold of `adaptive` come from other prompts. `to_plain` is the median over prompts of tokens/s
@@ -29,6 +29,8 @@ from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.plain import PlainDecoding
 from axolotl_medusa.decoding.tree import Tree, chain, default_tree
 from axolotl_medusa.measuring.onnx_tuning import OnnxTunedTree, measure_onnx_steps, tune_onnx_tree
+from axolotl_medusa.model.json_files import read_json
+from axolotl_medusa.onnx_decoding.graph_names import ABOUT_FILE
 from axolotl_medusa.onnx_decoding.onnx_medusa import OnnxMedusa
 from axolotl_medusa.terminal.prompts import prompt_tokens, read_prompts
 
@@ -152,10 +154,12 @@ def main() -> None:
         begin = time.perf_counter()
         model = OnnxMedusa.from_pretrained(directory)
         opened = time.perf_counter() - begin
-        name = model.about.precision
+        name = directory.name
         times = measure_onnx_steps(model, prompts[0], rounds=25)
         tuned = tune_onnx_tree(model, prompts[args.limit :], NODES, CALIBRATION_TOKENS)
         directories[name] = {
+            "precision": model.about.precision,
+            "heads_precision": read_json(directory / ABOUT_FILE)["heads_precision"],
             "bytes": sum(file.stat().st_size for file in directory.iterdir()),
             "open_s": round(opened, 2),
             "plain_step_ms": round(times.plain_s * 1000, 2),

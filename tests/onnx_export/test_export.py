@@ -21,6 +21,7 @@ from axolotl_medusa.onnx_export import verify
 from axolotl_medusa.onnx_export.export import export_onnx
 from axolotl_medusa.onnx_export.graphs import quantize
 from axolotl_medusa.onnx_export.verify import expected_of, verify_onnx
+from axolotl_medusa.serving.export_files import replaced_files
 
 FAMILIES = {
     "llama": {},
@@ -70,6 +71,7 @@ def test_directory_says_what_it_is(lora):
     assert written["heads_precision"] == "int8" and written["base_model"] == source.base_model
     assert json.loads((out / "medusa_meta.json").read_text())["export"]["target"] == "onnx"
     assert "axolotl-medusa generate" in (out / "README.md").read_text()
+    assert set(replaced_files(out)) == set(out.iterdir())
     assert {file.name for file in out.iterdir()} == {
         *("model.onnx", "model.onnx.data", "medusa_head_0.onnx", "medusa_onnx.json"),
         *("medusa_meta.json", "config.json", "README.md"),
