@@ -73,6 +73,12 @@ def test_cache_grows_beyond_its_first_columns(llama):
     assert medusa.generate([prompt], 66, tree=default_tree(HEADS, 32))[0][0] == greedy(model, prompt, 66)
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 7])
+def test_prompts_are_forwarded_in_pieces(llama, expected, monkeypatch, at_once):
+    monkeypatch.setattr("axolotl_medusa.onnx_decoding.decoding._TOKENS_AT_ONCE", at_once)
+    assert llama[1].generate(PROMPTS, 24, tree=chain(HEADS))[0] == expected
+
+
 def test_drafts_that_are_unsure_are_not_verified(llama, expected):
     medusa = llama[1]
     sizes = []

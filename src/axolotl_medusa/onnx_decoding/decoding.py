@@ -9,23 +9,22 @@ Shapes: B running rows, n nodes of the tree, H hidden size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 
 from axolotl_medusa.decoding.acceptance import AcceptanceRule, TreeTensors, accept_best, accept_greedy, tree_arrays
 from axolotl_medusa.decoding.arrays import NumpyArrays
+from axolotl_medusa.decoding.auto_steps import AutoSteps
 from axolotl_medusa.decoding.running_rows import RunningRows
 from axolotl_medusa.decoding.tree import Tree
+from axolotl_medusa.decoding.tree_chooser import PLAIN, TreeChooser
+from axolotl_medusa.onnx_decoding.heads import OnnxHeads
 from axolotl_medusa.onnx_decoding.target import Array, Forward, Target
 
-
-class Drafter(Protocol):
-    """The heads."""
-
-    def tree(self, hidden: Array, tree: Tree) -> tuple[Tree, Array]:
-        """The part of a tree that is worth verifying, and its draft tokens, `[B, n - 1]`; `hidden` is `[B, H]`."""
+_TOKENS_AT_ONCE = 512
+"""Of a prompt: attention over a longer piece would take memory by its square."""
 
 
 class OnnxDecoding(RunningRows):
@@ -33,7 +32,7 @@ class OnnxDecoding(RunningRows):
 
     Args:
         target: The model with an empty cache of as many rows as there are prompts.
-        drafter: The heads.
+        heads: The heads.
         prompts: Tokens of every prompt, at least one each.
         tree: The candidate tree.
         rule: Which draft tokens are accepted.
@@ -50,7 +49,7 @@ class OnnxDecoding(RunningRows):
     def __init__(
         self,
         target: Target,
-        drafter: Drafter,
+        heads: OnnxHeads,
         prompts: Sequence[Sequence[int]],
         *,
         tree: Tree,
@@ -61,7 +60,7 @@ class OnnxDecoding(RunningRows):
         last_position: int = 0,
     ) -> None:
         super().__init__(len(prompts), max_new_tokens, eos_token_ids)
-        self._target, self._drafter, self._rule = target, drafter, rule
+        self._target, self._heads, self._rule = target, heads, rule
         self._is_greedy = rule is accept_greedy  # the graph has taken the argmax
         self._prompts: Sequence[Sequence[int]] | None = prompts
         self._tree, self._last_position = tree, last_position
@@ -104,18 +103,29 @@ class OnnxDecoding(RunningRows):
         return self._emit(new, prompts is not None)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> Forward:
-        """Forwards all prompts at once; what fills up shorter ones is seen by nobody and is overwritten."""
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
+        """Forwards all prompts, piece by piece; what fills up shorter ones is seen by nobody and is overwritten."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        longest, rows = int(lengths.max()), np.arange(len(prompts))
         tokens = np.array([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts])
-        positions = np.arange(longest)[None].repeat(len(prompts), 0)
-        asked = np.array(lengths)[:, None] - 1
-        forward = self._target.forward(
-            tokens, positions, np.tri(longest, dtype=bool), asked, all_logits=not self._is_greedy
-        )
-        for row, length in enumerate(lengths):
-            self._target.keep(row, forward.columns[row, :length], positions[row, :length])
-        return forward
+        found: Forward | None = None
+        for start in range(0, longest, _TOKENS_AT_ONCE):
+            piece = tokens[:, start : start + _TOKENS_AT_ONCE]
+            new = piece.shape[1]
+            positions = (start + np.arange(new))[None].repeat(len(prompts), 0)
+            asked = (lengths - 1 - start).clip(0, new - 1)[:, None]
+            forward = self._target.forward(
+                piece, positions, np.tri(new, dtype=bool), asked, all_logits=not self._is_greedy
+            )
+            for row, length in enumerate(lengths):
+                inside = slice(0, max(0, length - start))
+                self._target.keep(row, forward.columns[row, inside], positions[row, inside])
+            if found is None:
+                found = forward
+            ends_here = rows[(lengths > start) & (lengths <= start + new)]
+            for own, other in zip(found[:3], forward[:3], strict=True):
+                own[ends_here] = other[ends_here]
+        assert found is not None  # a prompt has a token
+        return found
 
     def _verify(self, tokens: Array, tree: TreeTensors) -> Forward:
         positions = self._target.lengths()[:, None] + tree.depths
@@ -136,10 +146,44 @@ class OnnxDecoding(RunningRows):
         """The tree that is verified, and the tokens of all its nodes, `[B, n]`."""
         if not self._tree.choices:
             return self._tree, self._roots[:, None]
-        tree, drafts = self._drafter.tree(self.hidden, self._tree)
+        tree, drafts = self._heads.tree(self.hidden, self._tree)
         return tree, np.concatenate([self._roots[:, None], drafts], 1)
 
     def _leave(self, running: list[int]) -> None:
         """Lets all rows but those at the indices `running` leave."""
         self._target.select_rows(running)
         self.hidden, self._roots = self.hidden[running], self._roots[running]
+
+
+class AutoOnnxDecoding(OnnxDecoding):
+    """One prompt that is being decoded with the trees that a chooser names.
+
+    Args:
+        target: The model with an empty cache of one row.
+        heads: The heads.
+        prompt: Its tokens.
+        chooser: Names the trees, and learns.
+        rule: Which draft tokens are accepted: one that accepts the tokens that plain decoding would write.
+        max_new_tokens: Tokens to write at most, at least 1.
+        clock: Seconds of a clock that never goes back.
+        **options: As `OnnxDecoding`.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        heads: OnnxHeads,
+        prompt: Sequence[int],
+        *,
+        chooser: TreeChooser,
+        rule: AcceptanceRule,
+        max_new_tokens: int,
+        clock: Callable[[], float],
+        **options: Any,
+    ) -> None:
+        super().__init__(target, heads, [prompt], tree=PLAIN, rule=rule, max_new_tokens=max_new_tokens, **options)
+        self._auto = AutoSteps(self, super().step, heads.ranks, chooser, heads.num_heads, max_new_tokens, clock)
+
+    def step(self) -> list[list[int]]:
+        """One forward of the target, as `OnnxDecoding.step`, and sometimes the heads over positions that are past."""
+        return self._auto.step()

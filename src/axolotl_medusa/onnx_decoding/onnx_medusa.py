@@ -18,7 +18,6 @@ import numpy as np
 from axolotl_medusa.cpu_instructions import cpu_name
 from axolotl_medusa.decoding.acceptance import Acceptance, AcceptanceRule, accept_greedy, acceptance_rule
 from axolotl_medusa.decoding.arrays import NumpyArrays
-from axolotl_medusa.decoding.auto_steps import AutoSteps
 from axolotl_medusa.decoding.running_rows import GenerationStats, check_lengths
 from axolotl_medusa.decoding.tree import Tree, asked_tree, read_least_probability
 from axolotl_medusa.decoding.tree_chooser import (
@@ -30,7 +29,7 @@ from axolotl_medusa.decoding.tree_chooser import (
     tuned_trees,
     why_plain,
 )
-from axolotl_medusa.onnx_decoding.decoding import OnnxDecoding
+from axolotl_medusa.onnx_decoding.decoding import AutoOnnxDecoding, OnnxDecoding
 from axolotl_medusa.onnx_decoding.directory import About, read_about
 from axolotl_medusa.onnx_decoding.graph_names import MODEL_FILE, head_file
 from axolotl_medusa.onnx_decoding.heads import OnnxHeads
@@ -171,29 +170,19 @@ class OnnxMedusa:
                 LOG.warning("%s", line)
             self._said.add(line)
             tree = PLAIN
-        decoding = OnnxDecoding(
-            Target(self._session, self.about, len(prompts), self._device),
-            self.heads,
-            prompts,
-            tree=PLAIN if isinstance(tree, str) else tree,
-            rule=rule,
-            arrays=NumpyArrays(seed),
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-            last_position=max(0, self.about.context - 1),
-        )
+        target = Target(self._session, self.about, len(prompts), self._device)
+        options: dict[str, Any] = {
+            "rule": rule,
+            "arrays": NumpyArrays(seed),
+            "max_new_tokens": max_new_tokens,
+            "eos_token_ids": eos_token_ids,
+            "last_position": max(0, self.about.context - 1),
+        }
         if isinstance(tree, str):
-            auto = AutoSteps(
-                decoding,
-                decoding.step,
-                self.heads.ranks,
-                self.chooser(),
-                self.heads.num_heads,
-                max_new_tokens,
-                self._clock,
+            return AutoOnnxDecoding(
+                target, self.heads, prompts[0], chooser=self.chooser(), clock=self._clock, **options
             )
-            decoding.step = auto.step  # type: ignore[method-assign]
-        return decoding
+        return OnnxDecoding(target, self.heads, prompts, tree=tree, **options)
 
     def generate(
         self,

@@ -72,10 +72,8 @@ def open_session(file: Path, provider: str = "cpu", threads: int | None = None) 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.log_severity_level = _ERRORS_ONLY
-    if provider != "cpu":
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        return ort.InferenceSession(str(file), options, providers=[PROVIDERS[provider]])
+        session = ort.InferenceSession(str(file), options, providers=[PROVIDERS[provider]])
     except Exception as error:  # onnxruntime raises a class of its own for every status
         reason = first_line(error)
         if any(sign in str(error) for sign in _NO_OPERATOR):
@@ -86,3 +84,9 @@ def open_session(file: Path, provider: str = "cpu", threads: int | None = None) 
         if isinstance(error, MemoryError) or "bad_alloc" in str(error):
             raise RuntimeError(f"{file} does not fit into memory: export with --precision int4") from error
         raise ValueError(f"{file} cannot be opened by onnxruntime {ort.__version__}: {reason}") from error
+    if session.get_providers()[0] != PROVIDERS[provider]:  # onnxruntime only logs what it could not load
+        raise RuntimeError(
+            f"onnxruntime {ort.__version__} cannot use its {provider} provider here and would fall back to the CPU: see what it "
+            "logged, or leave --provider out"
+        )
+    return session

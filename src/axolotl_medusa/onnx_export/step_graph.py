@@ -62,10 +62,13 @@ class StepGraph(nn.Module):
             use_cache=True,
         )[0]
         hidden = hidden.gather(1, asked[..., None].expand(-1, -1, hidden.shape[-1]))
-        logits = self.lm_head(hidden)
-        best = logits.argmax(-1)
-        wanted = self._transform(logits.index_select(1, logits_of))
-        return best, hidden, wanted, *(states for layer in layers for states in (layer.keys, layer.values))
+        logits = self._transform(self.lm_head(hidden))
+        return (
+            logits.argmax(-1),
+            hidden,
+            logits.index_select(1, logits_of),
+            *(states for layer in layers for states in (layer.keys, layer.values)),
+        )
 
 
 class HeadGraph(nn.Module):
