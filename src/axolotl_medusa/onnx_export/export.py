@@ -73,9 +73,11 @@ def export_onnx(
     about = about_model(model, heads, precision)
     expected = expected_of(model, heads, source.tokenizer_files()) if verify else None
     _prepare(source, out)
+    names = [*_write_heads(model, heads, out, heads_precision), MODEL_FILE, MODEL_DATA_FILE]
+    del heads
+    gc.collect()
     write_step_graph(model, about, out / MODEL_FILE)
-    names = [MODEL_FILE, MODEL_DATA_FILE, *_write_heads(model, heads, out, heads_precision)]
-    del model, heads
+    del model
     gc.collect()
     if precision in BITS:
         quantize(out / MODEL_FILE, BITS[precision], data_file=MODEL_DATA_FILE)
