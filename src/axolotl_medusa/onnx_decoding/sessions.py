@@ -5,8 +5,6 @@ Contract: the one module that imports onnxruntime.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib
 import os
 from pathlib import Path
@@ -64,19 +62,17 @@ def open_session(file: Path, provider: str = "cpu", threads: int | None = None) 
     Args:
         file: The `.onnx` file; its external data lie beside it.
         provider: A name in `PROVIDERS`; nothing falls back to another one.
-        threads: Threads, by default one per core that this process may use; all graphs of a process share those of the first.
+        threads: Threads, by default one per core that this process may use.
 
     Raises:
         ValueError: The file is damaged.
         RuntimeError: The runtime lacks an operator or memory.
     """
     ort = runtime()
-    threads = threads or len(os.sched_getaffinity(0))
     options = ort.SessionOptions()
-    if _share_threads(ort, threads):
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    # The threads of the last graph would else spin on while the next one runs on the same cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = _ERRORS_ONLY
     try:
         session = ort.InferenceSession(str(file), options, providers=[PROVIDERS[provider]])
@@ -96,17 +92,3 @@ def open_session(file: Path, provider: str = "cpu", threads: int | None = None) 
             "logged, or leave --provider out"
         )
     return session
-
-
-@functools.cache
-def _share_threads(ort: Any, threads: int) -> bool:
-    """Makes one pool of threads for all graphs: those of the last graph would still spin while the next one runs.
-
-    Returns:
-        Whether this onnxruntime has such a pool.
-    """
-    if not hasattr(ort, "set_global_thread_pool_sizes"):
-        return False
-    with contextlib.suppress(ort.capi.onnxruntime_pybind11_state.Fail):  # there is one already
-        ort.set_global_thread_pool_sizes(threads, 1)
-    return True
