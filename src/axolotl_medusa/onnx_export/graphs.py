@@ -62,6 +62,8 @@ def check_packages() -> None:
             raise RuntimeError(
                 f"exporting to ONNX needs {package} ({first_line(error)}): pip install 'axolotl-medusa[onnx]'"
             ) from error
+    if not hasattr(torch.onnx, "ops"):
+        raise RuntimeError(f"exporting to ONNX needs torch 2.8 or later, found {torch.__version__}: update torch")
 
 
 def write_step_graph(model: nn.Module, about: About, file: Path) -> None:
