@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 AXOLOTL = "axolotl>=0.19"
+ONNX = ["onnx>=1.17", "onnxruntime>=1.22", "onnxscript>=0.5", "tokenizers", "jinja2", "numpy"]
 ROOT = Path(__file__).parent
 
 
@@ -60,7 +61,10 @@ setup(
         # `axolotl-medusa evaluate --plots` and models in 8-bit or 4-bit.
         "plots": ["matplotlib"],
         "quantized": ["accelerate", "bitsandbytes"],
+        # `axolotl-medusa export --to onnx`, and decoding what it wrote.
+        "onnx": ONNX,
         "dev": [
+            *ONNX,
             "build",
             "hypothesis",
             "mypy==2.4.1",

@@ -19,11 +19,13 @@ MAY_IMPORT = {
     "losses": set(),
     "serving": {"model"},
     "decoding": {"model"},
+    "onnx_decoding": {"decoding", "model"},
+    "onnx_export": {"decoding", "model", "onnx_decoding", "serving"},
     "training": {"losses", "model"},
     "estimating": {"losses", "model", "training"},
-    "measuring": {"decoding", "model"},
+    "measuring": {"decoding", "model", "onnx_decoding"},
     "live": {"decoding", "measuring", "model", "serving"},
-    "terminal": {"decoding", "live", "measuring", "model", "serving"},
+    "terminal": {"decoding", "live", "measuring", "model", "onnx_decoding", "serving"},
 }
 """What the modules of a room may import of ours, inside functions too: their own room and these."""
 
@@ -48,22 +50,28 @@ USES_AXOLOTL = {
 LAZY = {"__init__", "cli"}
 """Modules that import ours only inside functions."""
 
-INSTALLED = {"pydantic", "safetensors", "torch", "transformers"}
-"""What `install_requires` brings; anything else must be imported where it is used."""
+INSTALLED = {"numpy", "pydantic", "safetensors", "torch", "transformers"}
+"""What `install_requires` brings, numpy with transformers; anything else must be imported where it is used."""
 
 STAYS_LIGHT = {
+    "decoding.acceptance",
+    "decoding.arrays",
+    "decoding.auto_steps",
     "decoding.library_errors",
+    "decoding.running_rows",
     "decoding.tree",
     "decoding.tree_chooser",
     "errors",
     "estimating.plan",
     "estimating.sizes",
+    "live.advice",
     "live.chain",
     "live.counters",
-    "live.advice",
     "live.load",
     "live.plan",
     "live.server",
+    "measuring.onnx_runs",
+    "measuring.onnx_tuning",
     "measuring.plots",
     "measuring.training_plots",
     "measuring.tree_search",
@@ -81,10 +89,22 @@ STAYS_LIGHT = {
     "serving.model_card",
     "serving.chat_templates",
     "serving.push",
+    "onnx_decoding.decoding",
+    "onnx_decoding.directory",
+    "onnx_decoding.graph_names",
+    "onnx_decoding.heads",
+    "onnx_decoding.onnx_medusa",
+    "onnx_decoding.sessions",
+    "onnx_decoding.target",
+    "onnx_decoding.tokenizer",
+    "onnx_export.card",
     "serving.vllm_install",
+    "terminal.chat",
     "terminal.default_prompts",
+    "terminal.onnx_commands",
     "terminal.outputs",
     "terminal.prompts",
+    "terminal.reports",
     "terminal.server_arguments",
     "training.args",
     "training.datasets",

@@ -7,12 +7,22 @@ function that adds its arguments and one that runs it, both named in `COMMANDS`;
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from axolotl_medusa.model.sources import Source
 
 DEMO_PROMPT = "Write a short story about a salamander that keeps a lighthouse."
+
+ONNX = "onnx"
+"""What `export --to` takes beside the servers' formats."""
+
+_PRECISIONS = ("fp32", "int8", "int4")
 
 _MODELS = ("none", "merged")
 """What `export --model` takes, and `--backbone`, its earlier name."""
@@ -42,7 +52,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     from axolotl_medusa.serving.format_rules import TARGETS
 
     parser.add_argument("source", metavar="OUTPUT_DIR", help="an output_dir, a checkpoint in it, or a medusa_heads")
-    parser.add_argument("--to", required=True, choices=list(TARGETS), metavar="TARGET", help=", ".join(TARGETS))
+    targets = [*TARGETS, ONNX]
+    parser.add_argument("--to", required=True, choices=targets, metavar="TARGET", help=", ".join(targets))
     parser.add_argument("--out", required=True, metavar="DIR", help="where to write; new, empty, or an earlier export")
     parser.add_argument("--base-model", metavar="M", help="directory or Hub name; by default what training wrote down")
     parser.add_argument(
@@ -53,6 +64,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backbone", dest="model", choices=_MODELS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--no-verify", action="store_true", help="do not read the export back and compare its logits")
+    parser.add_argument("--precision", choices=_PRECISIONS, help="onnx: of the model's matrices (default: fp32)")
+    parser.add_argument(
+        "--heads-precision",
+        choices=_PRECISIONS,
+        help="onnx: of the heads' output layers; changes speed, never the text (default: int8, int4 in a quantized model)",
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -60,8 +77,27 @@ def _export(options: argparse.Namespace) -> None:
     from axolotl_medusa.serving.export import export
 
     source = find_source(options.source, options.base_model)
+    if options.to == ONNX:
+        _export_onnx(options, source)
+        return
+    if options.precision or options.heads_precision:
+        raise ValueError(
+            f"--precision and --heads-precision are for --to {ONNX}: leave them out with --to {options.to}"
+        )
     export(source, options.to, options.out, model=options.model, verify=not options.no_verify)
     print(f"written to {options.out}; its README.md has the command that serves it")
+
+
+def _export_onnx(options: argparse.Namespace, source: Source) -> None:
+    from axolotl_medusa.onnx_export.card import try_it
+    from axolotl_medusa.onnx_export.export import export_onnx
+
+    found = export_onnx(
+        source, options.out, options.precision or "fp32", options.heads_precision, verify=not options.no_verify
+    )
+    if found:
+        print(found)
+    print(f"written to {options.out}; try it:\n    {try_it(options.out)}")
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +131,13 @@ def _push(options: argparse.Namespace) -> None:
 
 def _decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """What all commands that decode have in common."""
-    parser.add_argument("heads", metavar="HEADS", help="an output_dir, a checkpoint in it, or a medusa_heads")
+    parser.add_argument(
+        "heads", metavar="HEADS", help="an output_dir, a checkpoint in it, a medusa_heads, or an ONNX export"
+    )
     parser.add_argument("--base-model", metavar="M", help="directory or Hub name; by default what training wrote down")
+    parser.add_argument(
+        "--provider", choices=("cpu", "cuda", "openvino"), help="of an ONNX export: what runs it (default: cpu)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -150,9 +191,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from axolotl_medusa.terminal.commands import run_evaluate
-
-    run_evaluate(options)
+    _decoding_commands(options).run_evaluate(options)
 
 
 def _tree_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,9 +207,7 @@ def _tree_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _tree(options: argparse.Namespace) -> None:
-    from axolotl_medusa.terminal.commands import run_tree
-
-    run_tree(options)
+    _decoding_commands(options).run_tree(options)
 
 
 def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,15 +245,22 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from axolotl_medusa.terminal.commands import run_generate
-
-    run_generate(options)
+    _decoding_commands(options).run_generate(options)
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from axolotl_medusa.terminal.commands import run_chat
+    _decoding_commands(options).run_chat(options)
 
-    run_chat(options)
+
+def _decoding_commands(options: argparse.Namespace) -> ModuleType:
+    """The module that decodes what HEADS is; that of ONNX directories imports no torch."""
+    from axolotl_medusa.onnx_decoding.directory import is_onnx_directory
+
+    if is_onnx_directory(options.heads):
+        return importlib.import_module("axolotl_medusa.terminal.onnx_commands")
+    if options.provider:
+        raise ValueError(f"--provider is for ONNX directories, {options.heads} is none: leave it out")
+    return importlib.import_module("axolotl_medusa.terminal.commands")
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,9 +271,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from axolotl_medusa.terminal.commands import run_demo
-
-    run_demo(options)
+    _decoding_commands(options).run_demo(options)
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,8 @@
 """Which draft tokens of a verified candidate tree are accepted, and which token the target adds.
 
-Contract: pure functions of logits; knows no model and no cache. Every rule gets the target's logits at all nodes and
-answers with the last accepted node and the target's own next token after it. The root is always accepted: it was the
-target's own token of the step before.
+Contract: pure functions of logits, torch's or numpy's; knows no model and no cache. Every rule gets the target's logits at
+all nodes and answers with the last accepted node and the target's own next token after it. The root is always accepted: it
+was the target's own token of the step before.
 
 Shapes: B rows, n nodes, V tokens in the vocabulary.
 """
@@ -12,14 +12,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
+from axolotl_medusa.decoding.arrays import Arrays
 from axolotl_medusa.decoding.tree import Tree
 
+if TYPE_CHECKING:
+    import torch
+
 Acceptance = Literal["greedy", "typical", "rejection"]
+Tensor = Any
+"""An array of the library whose arrays the tree has."""
 
 
 class Accepted(NamedTuple):
@@ -36,10 +39,11 @@ class Accepted(NamedTuple):
 
 @dataclass(frozen=True)
 class TreeTensors:
-    """A candidate tree as tensors on one device.
+    """A candidate tree as arrays of one library, on one device.
 
     Attributes:
         tree: The tree.
+        arrays: The library.
         parents: Parent of every node, `[n]`.
         depths: Depth of every node, `[n]`.
         ancestors: Row i: node i and its ancestors, bool `[n, n]`.
@@ -50,6 +54,7 @@ class TreeTensors:
     """
 
     tree: Tree
+    arrays: Arrays
     parents: Tensor
     depths: Tensor
     ancestors: Tensor
@@ -61,27 +66,32 @@ class TreeTensors:
 
 @functools.lru_cache(maxsize=64)
 def tree_tensors(tree: Tree, device: torch.device) -> TreeTensors:
-    """Moves a tree to a device, once."""
+    """Moves a tree to a device of torch, once."""
+    from axolotl_medusa.decoding.torch_arrays import TorchArrays
 
-    def tensor(values: object) -> Tensor:
-        return torch.tensor(values, device=device)
+    return tree_arrays(tree, TorchArrays(device))
+
+
+def tree_arrays(tree: Tree, arrays: Arrays) -> TreeTensors:
+    """A tree as arrays of a library."""
 
     def padded(rows: list[list[int]]) -> Tensor:
         width = max(map(len, rows))
-        return tensor([row + [0] * (width - len(row)) for row in rows])
+        return arrays.integers([row + [0] * (width - len(row)) for row in rows])
 
     children: list[list[int]] = [[] for _ in range(tree.num_nodes)]
     for node, parent in enumerate(tree.parents[1:], 1):
         children[parent].append(node)
     return TreeTensors(
         tree,
-        parents=tensor(tree.parents),
-        depths=tensor(tree.depths),
-        ancestors=tensor(tree.attention_mask),
+        arrays,
+        parents=arrays.integers(tree.parents),
+        depths=arrays.integers(tree.depths),
+        ancestors=arrays.booleans(tree.attention_mask),
         paths=padded([list(path) for path in tree.paths]),
-        children=padded(children) if tree.choices else torch.zeros(1, 0, dtype=torch.long, device=device),
-        heads=torch.tensor([head for head, _ in tree.picks], dtype=torch.long, device=device),
-        ranks=torch.tensor([rank for _, rank in tree.picks], dtype=torch.long, device=device),
+        children=padded(children) if tree.choices else arrays.zeros(1, 0),
+        heads=arrays.integers([head for head, _ in tree.picks]),
+        ranks=arrays.integers([rank for _, rank in tree.picks]),
     )
 
 
@@ -93,11 +103,15 @@ def accept_greedy(logits: Tensor, tokens: Tensor, tree: TreeTensors) -> Accepted
         tokens: The nodes' tokens, `[B, n]`.
         tree: The tree.
     """
-    best = logits.argmax(-1)
+    return accept_best(logits.argmax(-1), tokens, tree)
+
+
+def accept_best(best: Tensor, tokens: Tensor, tree: TreeTensors) -> Accepted:
+    """`accept_greedy` where the argmax was taken already: the target's likeliest next token at every node, `[B, n]`."""
     if not tree.tree.choices:
-        return Accepted(torch.zeros_like(best[:, 0]), best[:, 0])
+        return Accepted(tree.arrays.zeros(len(best)), best[:, 0])
     node = _deepest(tokens[:, 1:] == best[:, tree.parents[1:]], tree).argmax(-1)
-    return Accepted(node, _at(best, node))
+    return Accepted(node, _at(best, node, tree))
 
 
 def accept_typical(
@@ -118,21 +132,21 @@ def accept_typical(
         delta: δ, the threshold's scale.
         sample: Whether the target's own token is drawn.
     """
-    log_p = torch.log_softmax(logits.float() / temperature, -1)
-    entropy = -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)
-    threshold = torch.clamp(delta * torch.exp(-entropy), max=epsilon)
+    arrays = tree.arrays
+    log_p = arrays.log_softmax(logits, temperature)
+    threshold = arrays.at_most(delta * arrays.exp(-arrays.entropy(log_p)), epsilon)
     parents = tree.parents[1:]
-    draft_log_p = log_p[:, parents].gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    depth = _deepest(draft_log_p.exp() > threshold[:, parents], tree)
-    own_log_p = torch.nn.functional.pad(draft_log_p, (1, 0))
-    path_log_p = torch.where(tree.ancestors, own_log_p[:, None, :], 0.0).sum(-1)
-    node = path_log_p.masked_fill(depth < depth.amax(-1, keepdim=True), -torch.inf).argmax(-1)
-    last = _at(log_p, node)
+    draft_log_p = arrays.take(log_p[:, parents], tokens[:, 1:])
+    depth = _deepest(arrays.exp(draft_log_p) > threshold[:, parents], tree)
+    own_log_p = arrays.pad(draft_log_p)
+    path_log_p = arrays.where(tree.ancestors, own_log_p[:, None, :], 0.0).sum(-1)
+    node = arrays.where(depth < arrays.largest(depth)[:, None], -float("inf"), path_log_p).argmax(-1)
+    last = _at(log_p, node, tree)
     if not sample:
         return Accepted(node, last.argmax(-1))
-    probabilities = last.exp()
-    kept = probabilities > torch.minimum(_at(threshold, node), probabilities.amax(-1) * (1 - 1e-6))[:, None]
-    return Accepted(node, torch.multinomial(probabilities * kept, 1).squeeze(-1))
+    probabilities = arrays.exp(last)
+    least = arrays.at_most(_at(threshold, node, tree), arrays.largest(probabilities) * (1 - 1e-6))
+    return Accepted(node, arrays.draw(probabilities * (probabilities > least[:, None])))
 
 
 def accept_rejection(logits: Tensor, tokens: Tensor, tree: TreeTensors, *, temperature: float) -> Accepted:
@@ -148,16 +162,18 @@ def accept_rejection(logits: Tensor, tokens: Tensor, tree: TreeTensors, *, tempe
         tree: The tree.
         temperature: T, above 0.
     """
-    node = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    drawn = _draw(_at(logits, node), temperature)
+    arrays = tree.arrays
+    node = arrays.zeros(len(logits))
+    drawn = _draw(_at(logits, node, tree), temperature, arrays)
     for _ in range(tree.tree.depth):
         children = tree.children[node]
-        matches = (tokens.gather(1, children) == drawn[:, None]) & (children > 0)
+        matches = (tokens[arrays.range(len(node))[:, None], children] == drawn[:, None]) & (children > 0)
         goes_on = matches.any(-1)
         if not bool(goes_on.any()):
             break
-        node = torch.where(goes_on, children.gather(1, matches.int().argmax(-1, keepdim=True)).squeeze(-1), node)
-        drawn = torch.where(goes_on, _draw(_at(logits, node), temperature), drawn)
+        child = children[arrays.range(len(node)), (matches * 1).argmax(-1)]
+        node = arrays.where(goes_on, child, node)
+        drawn = arrays.where(goes_on, _draw(_at(logits, node, tree), temperature, arrays), drawn)
     return Accepted(node, drawn)
 
 
@@ -202,14 +218,14 @@ def acceptance_rule(
 
 def _deepest(fits: Tensor, tree: TreeTensors) -> Tensor:
     """Depth of every node that is accepted with all its ancestors, -1 elsewhere, `[B, n]`; `fits` is `[B, n - 1]`."""
-    wrong = torch.nn.functional.pad(~fits, (1, 0))
-    return tree.depths.expand_as(wrong).masked_fill((tree.ancestors & wrong[:, None, :]).any(-1), -1)
+    wrong = tree.arrays.pad(~fits)
+    return tree.arrays.where((tree.ancestors & wrong[:, None, :]).any(-1), -1, tree.depths)
 
 
-def _at(values: Tensor, node: Tensor) -> Tensor:
+def _at(values: Tensor, node: Tensor, tree: TreeTensors) -> Tensor:
     """`values[b, node[b]]` for every row b."""
-    return values[torch.arange(len(node), device=node.device), node]
+    return values[tree.arrays.range(len(node)), node]
 
 
-def _draw(logits: Tensor, temperature: float) -> Tensor:
-    return torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1).squeeze(-1)
+def _draw(logits: Tensor, temperature: float, arrays: Arrays) -> Tensor:
+    return arrays.draw(arrays.softmax(logits, temperature))

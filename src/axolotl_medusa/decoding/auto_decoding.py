@@ -5,15 +5,15 @@ Contract: runs and times what `tree_chooser` decides; the tokens of greedy decod
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
 from axolotl_medusa.decoding.acceptance import AcceptanceRule
+from axolotl_medusa.decoding.auto_steps import AutoSteps
 from axolotl_medusa.decoding.loop import Decoding, ModelWithHeads
-from axolotl_medusa.decoding.tree_chooser import PLAIN, POSITIONS, TreeChooser
+from axolotl_medusa.decoding.tree_chooser import PLAIN, TreeChooser
 
 
 class AutoDecoding(Decoding):
@@ -53,30 +53,19 @@ class AutoDecoding(Decoding):
             max_new_tokens=max_new_tokens,
             eos_token_ids=eos_token_ids,
         )
-        self._chooser, self._num_heads, self._clock = chooser, num_heads, clock
-        self._waiting: deque[tuple[int, Tensor]] = deque(maxlen=POSITIONS + num_heads)
-        chooser.begin(max_new_tokens)
+        self._auto = AutoSteps(
+            self,
+            super().step,
+            lambda hidden, tokens: head_ranks_of(model, torch.cat(hidden), tokens),
+            chooser,
+            num_heads,
+            max_new_tokens,
+            clock,
+        )
 
     def step(self) -> list[list[int]]:
         """One forward of the target, as `Decoding.step`, and sometimes one of the heads over positions that are past."""
-        if not self.tokens[0]:
-            return super().step()
-        tree = self._chooser.next()
-        self.use(tree)
-        written, hidden = len(self.tokens[0]), self.hidden
-        begin = self._clock()
-        new = super().step()
-        self._chooser.stepped(tree, self.accepted[0], len(new[0]), self._clock() - begin)
-        if tree == PLAIN:
-            self._waiting.append((written, hidden))
-        known = [place for place in self._waiting if place[0] + self._num_heads <= len(self.tokens[0])][-POSITIONS:]
-        if self.rows and self._chooser.wants_count(len(known)):
-            begin = self._clock()
-            places = [[self.tokens[0][first + head] for head in range(self._num_heads)] for first, _ in known]
-            ranks = head_ranks_of(self._model, torch.cat([hidden for _, hidden in known]), places)
-            self._chooser.counted(ranks, self._clock() - begin)
-            self._waiting.clear()
-        return new
+        return self._auto.step()
 
 
 def head_ranks_of(model: ModelWithHeads, hidden: Tensor, tokens: list[list[int]]) -> list[list[int]]:

@@ -54,15 +54,25 @@ def load_target(
         weight: Tensor = frozen_output_embedding(output_embedding(base_model)).weight
         check_output_layer(source, lambda: weight, type(causal_lm(base_model)).__name__)
         return base_model, file
+    return load_source(source, dtype, device, **load_options), file
+
+
+def load_source(
+    source: Source,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    **load_options: Any,
+) -> nn.Module:
+    """Loads the model that a source's heads belong to, as `load_target`."""
     directory = source.model_dir()
     if source.adapter_dir is not None:
         check_bare(TensorFiles.open(adapter_file(source.adapter_dir)), source.adapter_dir, prefix="base_model.model.")
     stored = stored_output_embedding(directory)
-    check_shape(stored.shape, (file.config["vocab_size"], file.config["hidden_size"]), str(directory))
+    check_shape(stored.shape, (source.config["vocab_size"], source.config["hidden_size"]), str(directory))
     check_output_layer(source, stored.load, str(directory))
     with one_line_for(directory, NO_MODEL):
         dtype = dtype_here(dtype, directory, device, stored.dtype, **load_options)
-    return load_model(source, directory, dtype, device, load_options), file
+    return load_model(source, directory, dtype, device, load_options)
 
 
 def check_sizes(model: nn.Module, heads: MedusaHeads) -> None:

@@ -7,9 +7,7 @@ Shapes: B running rows, n nodes of the tree, N heads, H hidden size, V tokens in
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -17,8 +15,10 @@ from torch import Tensor, nn
 
 from axolotl_medusa.decoding.acceptance import AcceptanceRule, tree_tensors
 from axolotl_medusa.decoding.compiled import CompiledBackbone
+from axolotl_medusa.decoding.running_rows import GenerationStats as GenerationStats
+from axolotl_medusa.decoding.running_rows import RunningRows, check_lengths
 from axolotl_medusa.decoding.target_cache import TargetCache
-from axolotl_medusa.decoding.tree import Choice, Tree
+from axolotl_medusa.decoding.tree import Tree
 
 
 class ModelWithHeads(Protocol):
@@ -33,29 +33,7 @@ class ModelWithHeads(Protocol):
         """Logits of the first `num_heads` heads, `[..., num_heads, V]`."""
 
 
-@dataclass
-class GenerationStats:
-    """What decoding took. A row's forwards are those until it stopped; the one over its prompt is among them.
-
-    Attributes:
-        emitted_tokens: New tokens, without padding.
-        forward_passes: Forwards of the target, counted for every row that was in them.
-        batch_forwards: Forwards of the target.
-        acceptance_lengths: How often a row's forward over a tree emitted 1, 2, 3, ... tokens; prompts' are left out.
-    """
-
-    emitted_tokens: int = 0
-    forward_passes: int = 0
-    batch_forwards: int = 0
-    acceptance_lengths: Counter[int] = field(default_factory=Counter)
-
-    @property
-    def acceptance_length(self) -> float:
-        """Emitted tokens / target forward passes: 1.0 is what plain decoding has."""
-        return self.emitted_tokens / self.forward_passes
-
-
-class Decoding:
+class Decoding(RunningRows):
     """A batch that is being decoded; call `step` while `rows` is not empty.
 
     Args:
@@ -90,20 +68,16 @@ class Decoding:
         eos_token_ids: Collection[int] = (),
         compiled: CompiledBackbone | None = None,
     ) -> None:
-        self.tokens: list[list[int]] = [[] for _ in input_ids]
-        self.rows = list(range(len(input_ids)))
+        super().__init__(len(input_ids), max_new_tokens, eos_token_ids)
         self._cache_rows = self.rows  # where those are in the cache
         # A row that stops within an accepted path is up to `depth` columns longer than its tokens; nodes come after them.
         room = max_new_tokens + tree.depth + tree.num_nodes
         self.target = TargetCache(model.base_model, attention_mask, compiled, room)
-        self.stats = GenerationStats()
         self._model, self._rule = model, rule
         self._tree, self._root_alone = tree_tensors(tree, input_ids.device), tree_tensors(Tree(), input_ids.device)
-        self._max_new_tokens, self._eos_token_ids = max_new_tokens, frozenset(eos_token_ids)
         self._prompts: Tensor | None = input_ids
         self._roots = input_ids[:, -1]
         self.hidden = torch.empty(0)
-        self.accepted: list[Choice] = []
 
     def use(self, tree: Tree) -> None:
         """Verifies another tree from the next step on; a compiled target has one tree for all steps."""
@@ -133,10 +107,11 @@ class Decoding:
         new = [
             [*(drafts[node - 1][row] for node in tree.tree.paths[nodes[row]][1:]), own[row]] for row in self._cache_rows
         ]
-        if self._prompts is None:
+        prompts_forward, self._prompts = self._prompts is not None, None
+        if not prompts_forward:
             running = set(self._cache_rows)
             self.target.keep([node if row in running else None for row, node in enumerate(nodes)], tree)
-        return self._emit(new)
+        return self._emit(new, prompts_forward)
 
     def _candidates(self) -> Tensor:
         """The tokens of all nodes, `[B, n]`: the root, and one pick per node from the heads' best tokens."""
@@ -145,28 +120,6 @@ class Decoding:
             return self._roots[:, None]
         best = self._model.draft_logits(self.hidden, tree.tree.depth).topk(tree.tree.top_k, -1).indices
         return torch.cat([self._roots[:, None], best[:, tree.heads, tree.ranks].to(self._roots.device)], -1)
-
-    def _emit(self, new: list[list[int]]) -> list[list[int]]:
-        """Cuts new tokens where rows stop, counts them, and lets stopped rows leave."""
-        prompts_forward, self._prompts = self._prompts is not None, None
-        self.stats.batch_forwards += 1
-        self.stats.forward_passes += len(self.rows)
-        emitted, running = [], []
-        for index, (row, tokens) in enumerate(zip(self.rows, new, strict=True)):
-            cut = tokens[: self._max_new_tokens - len(self.tokens[row])]
-            end = next((i for i, token in enumerate(cut, 1) if token in self._eos_token_ids), None)
-            cut = cut[:end]
-            self.tokens[row] += cut
-            emitted.append(cut)
-            self.stats.emitted_tokens += len(cut)
-            if not prompts_forward:
-                self.stats.acceptance_lengths[len(cut)] += 1
-            if end is None and len(self.tokens[row]) < self._max_new_tokens:
-                running.append(index)
-        if running and len(running) < len(self.rows):
-            self._leave(running)
-        self.rows = [self.rows[index] for index in running]
-        return emitted
 
     def _leave(self, running: list[int]) -> None:
         """Lets all rows but those at the indices `running` leave; where shapes are fixed they are only left alone."""
@@ -194,21 +147,10 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
         raise ValueError(
             f"input_ids is {list(input_ids.shape)} and attention_mask {list(attention_mask.shape)}, expected both [batch, prompt]"
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     lengths = attention_mask.sum(-1).tolist()
-    if not lengths or not all(lengths):
-        where = f"prompt {lengths.index(0)}" if lengths else "the batch"
-        raise ValueError(f"{where} is empty, expected at least one token per prompt: begin with the BOS token")
+    check_lengths(lengths, max_new_tokens, None)
     if bool((attention_mask.diff(dim=-1) < 0).any()):
         raise ValueError(
             "a prompt is padded on the right or inside, expected padding on the left: set padding_side='left'"
         )
-    longest = int(max(lengths))
-    if context is not None and longest >= context:
-        raise ValueError(f"a prompt has {longest} tokens, but the model's context has {context}: shorten it")
-    if context is not None and longest + max_new_tokens > context:
-        raise ValueError(
-            f"a prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, but the model's context has {context}: "
-            f"set max_new_tokens to at most {context - longest}"
-        )
+    check_lengths(lengths, max_new_tokens, context)

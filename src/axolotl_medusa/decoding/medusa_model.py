@@ -21,7 +21,7 @@ from axolotl_medusa.decoding.compiled import CompiledBackbone
 from axolotl_medusa.decoding.load_target import check_sizes, load_target
 from axolotl_medusa.decoding.loop import Decoding, GenerationStats, check_prompts
 from axolotl_medusa.decoding.target_cache import check_target
-from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, Tree, default_tree, named_tree
+from axolotl_medusa.decoding.tree import Tree, asked_tree
 from axolotl_medusa.decoding.tree_chooser import AUTO, PLAIN, TreeChooser, candidate_trees, tuned_trees, why_plain
 from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, logit_transform, output_embedding
 from axolotl_medusa.model.heads import MedusaHeads
@@ -177,11 +177,7 @@ class MedusaModel:
         Raises:
             ValueError: It is unknown or does not fit the heads.
         """
-        if tree is None:
-            return default_tree(self.heads.num_heads, top_k=min(DEFAULT_TOP_K, self.heads.vocab_size))
-        found = tree if isinstance(tree, Tree) else named_tree(tree, self.heads.num_heads)
-        found.check_fits(self.heads.num_heads, self.heads.vocab_size)
-        return found
+        return asked_tree(tree, self.heads.num_heads, self.heads.vocab_size)
 
     def greedy_decoding(
         self,
@@ -316,6 +312,31 @@ class MedusaModel:
             streamer.end()
         sequences = _joined(input_ids, decoding.tokens, pad_token_id)
         return (sequences, decoding.stats) if return_stats else sequences
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        tree: Tree | Literal["auto"],
+        temperature: float = 0.0,
+        streamer: Streamer | None = None,
+        compile: bool = False,
+    ) -> tuple[list[int], GenerationStats]:
+        """Continues one prompt of token ids, greedily at temperature 0: the new tokens, and what they took."""
+        generated = self.generate(
+            torch.tensor([list(prompt)], dtype=torch.long),
+            torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens,
+            tree=tree,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            streamer=streamer,
+            return_stats=True,
+            compile=compile,
+        )
+        sequences, stats = cast(tuple[Tensor, GenerationStats], generated)
+        return sequences[0, len(prompt) :].tolist(), stats
 
     def _special_tokens(self, eos: int | Sequence[int] | None, pad: int | None) -> tuple[list[int], int | None]:
         """EOS tokens and the padding token, from the generation config where they are not given."""

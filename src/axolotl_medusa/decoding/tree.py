@@ -119,6 +119,10 @@ class Tree:
         """Best tokens per head that the tree needs: its largest rank + 1, 0 for the empty tree."""
         return max((choice[-1] + 1 for choice in self.choices), default=0)
 
+    def ranks_of(self, head: int) -> int:
+        """Best tokens of one head that the tree needs: its largest rank + 1, 0 for none."""
+        return max((choice[-1] + 1 for choice in self.choices if len(choice) == head + 1), default=0)
+
     def candidates(self, root: int, top_tokens: Sequence[Sequence[int]]) -> list[int]:
         """The tokens of all nodes, one pick per node and no expansion of paths.
 
@@ -229,6 +233,43 @@ def named_tree(name: str | Path, num_heads: int) -> Tree:
     return tree
 
 
+def asked_tree(tree: Tree | str | Path | None, num_heads: int, available_top_k: int) -> Tree:
+    """The tree that an argument means: itself, what `named_tree` knows, or by default `default_tree`.
+
+    Args:
+        tree: The argument.
+        num_heads: Heads that there are.
+        available_top_k: Tokens that they choose among.
+
+    Raises:
+        ValueError: It is unknown or does not fit the heads.
+    """
+    if tree is None:
+        return default_tree(num_heads, top_k=min(DEFAULT_TOP_K, available_top_k))
+    found = tree if isinstance(tree, Tree) else named_tree(tree, num_heads)
+    found.check_fits(num_heads, available_top_k)
+    return found
+
+
+def likely_part(tree: Tree, log_probabilities: Sequence[Sequence[float]], least: float) -> Tree:
+    """The nodes of a tree whose paths are likely enough, by what the heads say of their own drafts.
+
+    Args:
+        tree: The tree.
+        log_probabilities: Of every head's best tokens, `[heads][ranks]`; heads that are missing have no likely token.
+        least: Least product of the probabilities along a node's path.
+    """
+    bound = math.log(least) if least > 0 else -math.inf
+    sums: dict[Choice, float] = {(): 0.0}
+    for choice in tree.choices:
+        above = sums.get(choice[:-1])
+        if above is not None and len(choice) <= len(log_probabilities):
+            own = above + log_probabilities[len(choice) - 1][choice[-1]]
+            if own >= bound:
+                sums[choice] = own
+    return tree if len(sums) == tree.num_nodes else Tree(tuple(choice for choice in tree.choices if choice in sums))
+
+
 def read_tree(file: str | Path) -> Tree:
     """Reads `{"choices": [[0], [1], [0, 0], ...], ...}`, or the bare list that other Medusa software keeps.
 
@@ -252,6 +293,19 @@ def read_tree(file: str | Path) -> Tree:
         return tree
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def read_least_probability(file: str | Path) -> float:
+    """How likely a draft's path must be to be verified, as a tree's file says; 0 where it says nothing.
+
+    Raises:
+        ValueError: It is no probability.
+    """
+    content = parse_json(Path(file).expanduser().read_bytes(), str(file))
+    least = content.get("least_probability", 0.0) if isinstance(content, dict) else 0.0
+    if not isinstance(least, int | float) or isinstance(least, bool) or not 0 <= least <= 1:
+        raise ValueError(f"{file}: least_probability is {shorten(least)}, expected a number from 0 to 1")
+    return float(least)
 
 
 def write_tree(file: str | Path, tree: Tree, **facts: Any) -> None:

@@ -69,22 +69,27 @@ def tuned_trees(heads: Path, num_heads: int, vocab_size: int) -> dict[Tree, floa
         num_heads: Heads that there are.
         vocab_size: Tokens that they choose among.
     """
-    around = [heads.parent] if heads.name == HEADS_FOLDER else []
-    for file in (directory / TREE_FILE for directory in (heads, heads / HEADS_FOLDER, *around)):
-        if not file.is_file():
-            continue
-        try:
-            tree = read_tree(file)
-            tree.check_fits(num_heads, vocab_size)
-        except ValueError as error:
-            LOG.warning("the tree beside the heads is not used: %s", error)
-            return {}
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        length = facts.get("expected_acceptance_length") if isinstance(facts, dict) else None
-        if tree.choices and isinstance(length, int | float) and 1 <= length <= 1 + tree.depth:
-            return {tree: float(length)}
+    file = tuned_file(heads)
+    if file is None:
         return {}
+    try:
+        tree = read_tree(file)
+        tree.check_fits(num_heads, vocab_size)
+    except ValueError as error:
+        LOG.warning("the tree beside the heads is not used: %s", error)
+        return {}
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    length = facts.get("expected_acceptance_length") if isinstance(facts, dict) else None
+    if tree.choices and isinstance(length, int | float) and 1 <= length <= 1 + tree.depth:
+        return {tree: float(length)}
     return {}
+
+
+def tuned_file(heads: Path) -> Path | None:
+    """The file that `axolotl-medusa tree` wrote beside heads, None where it did not."""
+    around = [heads.parent] if heads.name == HEADS_FOLDER else []
+    files = (directory / TREE_FILE for directory in (heads, heads / HEADS_FOLDER, *around))
+    return next((file for file in files if file.is_file()), None)
 
 
 def why_plain(batch: int, compile: bool) -> str | None:

@@ -23,9 +23,11 @@ from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.plain import PlainDecoding
 from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, Tree
 from axolotl_medusa.measuring.calibration import TOP_K, HeadRanks, head_ranks
+from axolotl_medusa.measuring.onnx_runs import decode_onnx, onnx_head_ranks
 from axolotl_medusa.measuring.step_times import timed
 from axolotl_medusa.model.anatomy import causal_lm
 from axolotl_medusa.model.heads_directory import package_version
+from axolotl_medusa.onnx_decoding.onnx_medusa import OnnxMedusa
 
 PLAIN = "plain"
 """The baseline's name among decoders."""
@@ -78,7 +80,7 @@ class _Group:
 
 
 def evaluate(
-    model: MedusaModel,
+    model: MedusaModel | OnnxMedusa,
     prompts: Sequence[PromptTokens],
     trees: Mapping[str, Tree],
     max_new_tokens: int = 128,
@@ -107,7 +109,11 @@ def evaluate(
     for number, prompt in enumerate(prompts):
         runs = decode_in_turn(model, prompt.input_ids, trees, max_new_tokens, first=number, compile=compile)
         plain = runs[PLAIN].tokens
-        ranks = head_ranks(model, prompt.input_ids, plain, top_k)
+        ranks = (
+            onnx_head_ranks(model, prompt.input_ids, plain, top_k)
+            if isinstance(model, OnnxMedusa)
+            else head_ranks(model, prompt.input_ids, plain, top_k)
+        )
         for category in {None, prompt.category}:
             group = groups.setdefault(category, _Group(HeadRanks(model.heads.num_heads, top_k)))
             group.ranks.add(ranks, ended=len(plain) < max_new_tokens)
@@ -125,7 +131,7 @@ def evaluate(
     }
 
 
-def check_fits(model: MedusaModel, prompts: Sequence[PromptTokens], max_new_tokens: int) -> None:
+def check_fits(model: MedusaModel | OnnxMedusa, prompts: Sequence[PromptTokens], max_new_tokens: int) -> None:
     """Checks all prompts before the first forward.
 
     Raises:
@@ -143,7 +149,7 @@ def check_fits(model: MedusaModel, prompts: Sequence[PromptTokens], max_new_toke
 
 @torch.no_grad()
 def decode_in_turn(
-    model: MedusaModel,
+    model: MedusaModel | OnnxMedusa,
     prompt: Sequence[int],
     trees: Mapping[str, Tree],
     max_new_tokens: int,
@@ -175,9 +181,16 @@ def decode_in_turn(
 
 
 def _decode(
-    model: MedusaModel, prompt: Sequence[int], tree: Tree | None, max_new_tokens: int, compile: bool, steps: int | None
+    model: MedusaModel | OnnxMedusa,
+    prompt: Sequence[int],
+    tree: Tree | None,
+    max_new_tokens: int,
+    compile: bool,
+    steps: int | None,
 ) -> Decoded:
     """Decodes a prompt greedily, plainly where `tree` is None; `steps` ends it early."""
+    if isinstance(model, OnnxMedusa):
+        return Decoded(*decode_onnx(model, prompt, tree, max_new_tokens, steps))
     input_ids = torch.tensor([list(prompt)], device=causal_lm(model.base_model).get_input_embeddings().weight.device)
     if tree is None:
         plain = PlainDecoding(model.base_model, input_ids, max_new_tokens, model.eos_token_ids)

@@ -10,11 +10,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from axolotl_medusa.decoding.tree import Choice, Tree
 
 MIN_GAIN = 0.02
 """Predicted gain over plain decoding below which no tree is advised: step times are not measured more exactly."""
+
+
+T = TypeVar("T")
+
+CHECKED_PROMPTS = 8
+"""Prompts at most on which a chosen tree is run against plain decoding."""
+
+_CALIBRATION_PER_CHECKED = 3
+"""Prompts that calibrate for each one that is held out."""
 
 
 @dataclass
@@ -140,7 +150,7 @@ def fastest_size(
     speeds = {
         nodes: length / seconds
         for nodes, length in enumerate(search.expected_lengths, 1)
-        if nodes > 1 and (seconds := _interpolated(step_s, nodes)) is not None
+        if nodes > 1 and (seconds := interpolated(step_s, nodes)) is not None
     }
     if not speeds:
         reason = (
@@ -167,7 +177,7 @@ def fastest_size(
     return ChosenSize(nodes, speed, plain, reason)
 
 
-def _interpolated(step_s: Mapping[int, float], nodes: int) -> float | None:
+def interpolated(step_s: Mapping[int, float], nodes: int) -> float | None:
     """Seconds of a step with that many nodes, None outside the measured sizes."""
     below = max((size for size in step_s if size <= nodes), default=None)
     above = min((size for size in step_s if size >= nodes), default=None)
@@ -177,3 +187,24 @@ def _interpolated(step_s: Mapping[int, float], nodes: int) -> float | None:
         return step_s[below]
     share = (nodes - below) / (above - below)
     return step_s[below] * (1 - share) + step_s[above] * share
+
+
+def held_out(prompts: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Splits prompts: a quarter, from 1 to `CHECKED_PROMPTS`, is held out, evenly spread over the file.
+
+    Returns:
+        Prompts to calibrate with, and prompts to check the choice on.
+
+    Raises:
+        ValueError: There are fewer than two.
+    """
+    if len(prompts) < 2:
+        raise ValueError(
+            f"there are {len(prompts)} calibration prompts, expected at least 2: one is held out to check the tree on"
+        )
+    count = min(CHECKED_PROMPTS, max(1, len(prompts) // (_CALIBRATION_PER_CHECKED + 1)))
+    places = {(2 * number + 1) * len(prompts) // (2 * count) for number in range(count)}
+    parts: tuple[list[T], list[T]] = ([], [])
+    for place, prompt in enumerate(prompts):
+        parts[place in places].append(prompt)
+    return parts

@@ -16,13 +16,9 @@ from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, Tree
 from axolotl_medusa.measuring.calibration import HeadRanks, head_ranks
 from axolotl_medusa.measuring.evaluate import PLAIN, PromptTokens, check_fits, decode_in_turn
 from axolotl_medusa.measuring.step_times import SIZES, StepTimes, measure_steps
+from axolotl_medusa.measuring.tree_search import CHECKED_PROMPTS as CHECKED_PROMPTS
 from axolotl_medusa.measuring.tree_search import MIN_GAIN, ChosenSize, TreeSearch, fastest_size, search_tree
-
-CHECKED_PROMPTS = 8
-"""Prompts at most on which a chosen tree is run against plain decoding."""
-
-_CALIBRATION_PER_CHECKED = 3
-"""Prompts that calibrate for each one that is held out."""
+from axolotl_medusa.measuring.tree_search import held_out as held_out
 
 
 @dataclass(frozen=True)
@@ -98,27 +94,6 @@ def tune_tree(model: MedusaModel, prompts: Sequence[PromptTokens], nodes: int, m
     checked_on = tuple(prompt.id for prompt in checking) if speed_ups else ()
     reasons = (chosen.reason, *fallbacks)
     return TunedTree(search.tree(kept), search, times, chosen, len(calibrating), checked_on, speed_ups, reasons)
-
-
-def held_out(prompts: Sequence[PromptTokens]) -> tuple[list[PromptTokens], list[PromptTokens]]:
-    """Splits prompts: a quarter, from 1 to `CHECKED_PROMPTS`, is held out, evenly spread over the file.
-
-    Returns:
-        Prompts to calibrate with, and prompts to check the choice on.
-
-    Raises:
-        ValueError: There are fewer than two.
-    """
-    if len(prompts) < 2:
-        raise ValueError(
-            f"there are {len(prompts)} calibration prompts, expected at least 2: one is held out to check the tree on"
-        )
-    count = min(CHECKED_PROMPTS, max(1, len(prompts) // (_CALIBRATION_PER_CHECKED + 1)))
-    places = {(2 * number + 1) * len(prompts) // (2 * count) for number in range(count)}
-    parts: tuple[list[PromptTokens], list[PromptTokens]] = ([], [])
-    for place, prompt in enumerate(prompts):
-        parts[place in places].append(prompt)
-    return parts
 
 
 def largest_that_pays(

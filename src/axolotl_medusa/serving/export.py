@@ -188,6 +188,18 @@ def _copies(source: Source, target: Target, *, merged: bool) -> dict[Path, Path]
 
 def _prepare(source: Source, target: Target, out: Path, copies: Collection[Path], *, with_adapter: bool) -> None:
     """Makes the directory, or takes an earlier export's files out of it, and marks it as an export."""
+    prepared_directory(source, out)
+    exported = {"target": target.name, "config": source.config, "adapter": with_adapter}
+    exported["files"] = sorted(path.as_posix() for path in copies)
+    write_json(out / META_FILE, {**without_secrets(source.meta), "export": exported})
+
+
+def prepared_directory(source: Source, out: Path) -> None:
+    """Makes a directory to export to, or takes an earlier export's files out of it.
+
+    Raises:
+        ValueError: It holds anything else, or what is to be read.
+    """
     own = (source.heads_dir, source.output_dir, source.adapter_dir, source.model_dir())
     for directory in (directory.resolve() for directory in own if directory is not None):
         if out.resolve() in (directory, *directory.parents):
@@ -200,9 +212,6 @@ def _prepare(source: Source, target: Target, out: Path, copies: Collection[Path]
         for file in replaced_files(out):
             file.unlink()
     out.mkdir(parents=True, exist_ok=True)
-    exported = {"target": target.name, "config": source.config, "adapter": with_adapter}
-    exported["files"] = sorted(path.as_posix() for path in copies)
-    write_json(out / META_FILE, {**without_secrets(source.meta), "export": exported})
 
 
 def _served_model(source: Source, target: Target, out: Path, *, merged: bool) -> str:

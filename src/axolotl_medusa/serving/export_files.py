@@ -32,7 +32,10 @@ WEIGHTS = (
     ADAPTER_FILE,
     *sorted({target.file for target in TARGETS.values() if target.file}),
 )
-_WRITTEN = (*WEIGHTS, "model.safetensors.index.json", CONFIG_FILE, ADAPTER_CONFIG_FILE, CARD_FILE)
+ONNX_FILES = ("model.onnx", "model.onnx.data", "medusa_head_*.onnx", "medusa_onnx.json")
+"""What an export to ONNX writes."""
+
+_WRITTEN = (*WEIGHTS, *ONNX_FILES, "model.safetensors.index.json", CONFIG_FILE, ADAPTER_CONFIG_FILE, CARD_FILE)
 _COPIED = ("generation_config.json", *TOKENIZER_FILES)
 _PART = re.compile(r"(\.[0-9a-f]+)?\.part$")
 """What an interrupted export leaves: the name of the file that it wrote, and this."""

@@ -8,16 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TextIO, cast
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-import torch
-from torch import Tensor
-
-from axolotl_medusa.decoding.loop import GenerationStats
-from axolotl_medusa.decoding.medusa_model import MedusaModel
+from axolotl_medusa.decoding.running_rows import GenerationStats
 from axolotl_medusa.decoding.tree import Tree
 from axolotl_medusa.decoding.tree_chooser import AUTO
 from axolotl_medusa.terminal.prompts import Message, Prompt, prompt_tokens
+
+if TYPE_CHECKING:
+    from axolotl_medusa.decoding.medusa_model import MedusaModel
+    from axolotl_medusa.onnx_decoding.onnx_medusa import OnnxMedusa
 
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
 _UNFINISHED = "\ufffd"
@@ -40,7 +40,7 @@ class TextPrinter:
         self._line_start = 0
         self._prompt_seen = False
 
-    def put(self, value: Tensor) -> None:
+    def put(self, value: Any) -> None:
         """Prints the new tokens of a step; the first value is the prompt and is left out."""
         if not self._prompt_seen:
             self._prompt_seen = True
@@ -94,7 +94,7 @@ class Answerer:
         compile: Whether the forward that verifies a tree is compiled.
     """
 
-    model: MedusaModel
+    model: MedusaModel | OnnxMedusa
     tokenizer: Any
     tree: Tree | Literal["auto"]
     temperature: float
@@ -122,20 +122,11 @@ class Answerer:
             room = min(room, self.model.context - len(tokens))
         printer = TextPrinter(self.tokenizer, self.out, self.colour)
         begin = time.perf_counter()
-        generated = self.model.generate(
-            torch.tensor([tokens], dtype=torch.long),
-            torch.ones(1, len(tokens), dtype=torch.long),
-            room,
-            tree=self.tree,
-            do_sample=self.temperature > 0,
-            temperature=self.temperature or 1.0,
-            streamer=printer,
-            return_stats=True,
-            compile=self.compile,
+        new, stats = self.model.answer(
+            tokens, room, tree=self.tree, temperature=self.temperature, streamer=printer, compile=self.compile
         )
-        sequences, stats = cast(tuple[Tensor, GenerationStats], generated)
         seconds = time.perf_counter() - begin
-        text = self.tokenizer.decode(sequences[0, len(tokens) :].tolist(), skip_special_tokens=True)
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
         reason = f"; {self.model.chooser().reason()}" if self.tree == AUTO else ""
         return text, speed_line(stats, seconds) + reason
 

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,6 +27,7 @@ from axolotl_medusa.terminal.chat import Answerer, Chat
 from axolotl_medusa.terminal.outputs import check_json_output
 from axolotl_medusa.terminal.prompts import Prompt, conversation_tokens, prompt_tokens, read_prompts
 from axolotl_medusa.terminal.race import race
+from axolotl_medusa.terminal.reports import print_report, write_report
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -58,8 +56,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
     report |= evaluate(model, tokens, trees, options.max_new_tokens, options.compile)
     times = _step_times(model, tokens, options.compile)
     report["steps"] = dataclasses.asdict(times)
-    _print_report(report, times)
-    _write_report(report, options.json)
+    print_report(report, times)
+    write_report(report, options.json)
     if options.json:
         print(f"report: {options.json}")
     if held_out:
@@ -68,7 +66,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         original = load_original(options.heads, options.base_model, options.original, device, trust_remote_code=trust)
         quality = compare_models(model.base_model, original, texts)
         report["quality"] = dataclasses.asdict(quality)
-        _write_report(report, options.json)
+        write_report(report, options.json)
         print(
             f"model on {quality.tokens} held-out tokens: perplexity {quality.perplexity:.3f}, original "
             f"{quality.original_perplexity:.3f}, KL(original || trained) {quality.kl:.5f}"
@@ -77,36 +75,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
         print(f"plot: {file}")
 
 
-def _write_report(report: Mapping[str, Any], path: str | None) -> None:
-    if path:
-        Path(path).expanduser().write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
 def _step_times(model: MedusaModel, prompts: list[PromptTokens], compile: bool) -> StepTimes:
     """Steps with default trees of all `SIZES` that the heads can fill, after the prompt of median length."""
     top_k = min(DEFAULT_TOP_K, model.heads.vocab_size)
     trees = [default_tree(model.heads.num_heads, nodes, top_k) for nodes in SIZES]
     middle = sorted(prompts, key=lambda prompt: len(prompt.input_ids))[len(prompts) // 2]
     return measure_steps(model, middle.input_ids, trees, compile=compile)
-
-
-def _print_report(report: Mapping[str, Any], times: StepTimes) -> None:
-    hardware = report["hardware"]
-    print(
-        f"{report['model']['type']}, {report['model']['dtype']}, {hardware['device']}, {hardware['torch_threads']} threads"
-    )
-    for name, group in {"all prompts": report["overall"], **report["categories"]}.items():
-        print(f"\n{name} ({group['prompts']})")
-        for head in group["heads"]:
-            tops = ", ".join(f"top {top} {value:.3f}" for top, value in head["top"].items() if value is not None)
-            print(f"  head {head['head']}: {tops or 'no positions'}")
-        for decoder, row in group["decoders"].items():
-            print(
-                f"  {decoder}: acceptance length {row['acceptance_length']:.3f}, {row['tokens_per_s']:.1f} tokens/s, "
-                f"{row['speed_up']:.2f} x plain, output equal to plain for {row['agreement']:.1%} of prompts"
-            )
-    ratios = ", ".join(f"{nodes}: {ratio:.2f}" for nodes, ratio in times.ratios.items())
-    print(f"\na step by nodes, in plain steps of {times.plain_s * 1000:.1f} ms: {ratios}")
 
 
 def run_tree(options: argparse.Namespace) -> None:

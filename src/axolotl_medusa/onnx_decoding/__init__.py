@@ -1,0 +1,1 @@
+"""Medusa decoding in ONNX Runtime, without torch and transformers."""
