@@ -5,7 +5,6 @@ Every engine runs in one process of vLLM's environment, one after the other (`vl
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
@@ -15,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from demo.model_server import VLLM_PYTHON
-from tiny_served_model import CONTEXT, HEADS, VOCAB
+from tiny_served_model import HEADS, VOCAB
 from transformers import LlamaForCausalLM
+from vllm_runs import TIMEOUT_S, Runs
 
 from axolotl_medusa.serving.draft_plan import read_plan
 
@@ -25,7 +24,6 @@ pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).parents[2]
 FORMS = ("shared", "separate")
-TIMEOUT_S = 900
 GREEDY = {"temperature": 0, "max_tokens": 48, "detokenize": False, "ignore_eos": True}
 SAMPLES, SAMPLED_TOKENS = 4000, 4
 NEAR_TIE = 1e-3
@@ -45,60 +43,6 @@ def with_shared_beginnings(number: int) -> list[list[int]]:
     """Prompts of which many begin alike, so that the prefix cache has something."""
     beginnings = prompts(3, 64, 64, seed=1)
     return [beginnings[place % 3] + rest for place, rest in enumerate(prompts(number, 1, 20, seed=2))]
-
-
-class Runs:
-    """Runs to make, and their answers."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.runs: dict[str, dict[str, Any]] = {}
-
-    def add(
-        self,
-        name: str,
-        asked: list[list[int]],
-        sampling: Any,
-        heads: str | None = None,
-        *,
-        builtin: bool = False,
-        drafts: int = HEADS,
-        additional: dict[str, Any] | None = None,
-        rounds: int = 1,
-        lora: bool = False,
-        **engine: Any,
-    ) -> None:
-        """Adds an engine: plain, with the built-in method, or with the drafter."""
-        engine = {"model": str(self.directory / "model"), "skip_tokenizer_init": True, "max_num_seqs": 16, **engine}
-        engine.setdefault("max_model_len", CONTEXT)
-        if lora:
-            engine |= {"enable_lora": True, "max_lora_rank": 8}
-        if heads is not None:
-            directory = str(self.directory / heads)
-            method = {"method": "medusa", "model": directory} if builtin else {"method": "custom_class"}
-            engine["speculative_config"] = {
-                "model": "axolotl_medusa.vllm_drafter.MedusaDrafter",
-                **method,
-                "num_speculative_tokens": drafts,
-            }
-            if not builtin:
-                engine["additional_config"] = {
-                    "medusa_heads": directory,
-                    "medusa_adaptive": False,
-                    **(additional or {}),
-                }
-        adapter = str(self.directory / "lora") if lora else None
-        self.runs[name] = {"engine": engine, "prompts": asked, "sampling": sampling, "rounds": rounds, "lora": adapter}
-
-    def answers(self, **variables: str) -> dict[str, Any]:
-        """Makes the runs, with these environment variables."""
-        questions, found = self.directory / "runs.json", self.directory / "answers.json"
-        questions.write_text(json.dumps(list(self.runs.values())), encoding="utf-8")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **variables}
-        command = [str(VLLM_PYTHON), str(ROOT / "tests" / "vllm_answers.py"), str(questions), str(found)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return dict(zip(self.runs, json.loads(found.read_text(encoding="utf-8")), strict=True))
 
 
 @pytest.fixture(scope="module")
