@@ -55,24 +55,30 @@ Streaming(int(option("--port")), tokens=4, token_s=0.004 / (1 + (drafts or 0)), 
 
 
 def fake_vllm(
-    directory: Path, version: str = "0.32.0", *, classes: bool = True, medusa: bool = True, main: str = MAIN
+    directory: Path,
+    version: str = "0.32.0",
+    *,
+    classes: bool = True,
+    medusa: bool = True,
+    main: str = MAIN,
+    name: str = "vllm",
 ) -> Path:
     """Writes the package and its interpreter; returns the interpreter."""
     site = directory / "site"
     package = site / "vllm"
-    for name, wanted in (("custom_class_proposer", classes), ("medusa", medusa)):
+    for module, wanted in (("custom_class_proposer", classes), ("medusa", medusa)):
         (package / "v1" / "spec_decode").mkdir(parents=True, exist_ok=True)
         if wanted:
-            (package / "v1" / "spec_decode" / f"{name}.py").touch()
+            (package / "v1" / "spec_decode" / f"{module}.py").touch()
     (package / "entrypoints" / "cli").mkdir(parents=True, exist_ok=True)
     for folder in (package, package / "entrypoints", package / "entrypoints" / "cli"):
         (folder / "__init__.py").touch()
     (package / "entrypoints" / "cli" / "main.py").write_text(
         main.format(tests=str(Path(__file__).parent)) if main is SERVER else main
     )
-    info = site / f"vllm-{version}.dist-info"
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     python = directory / "bin" / "python"
     python.parent.mkdir(parents=True, exist_ok=True)
     # Without the test's own environment: what it finds of this package, `serve` has put there.

@@ -71,6 +71,9 @@ class FakeVllm:
         self.counts["generated"] += len(tokens) + self.extra_tokens
         return tokens, logprobs
 
+    given: Callable[[list[float]], list[Any]] = field(default=list)
+    """What it gives of the log-probabilities."""
+
     def guess(self, hidden: torch.Tensor) -> list[int]:
         if self.heads is None:
             return []
@@ -119,7 +122,7 @@ class FakeVllm:
             tokens, logprobs = self.complete(body["prompt"], body["max_tokens"])
             choice: dict[str, Any] = {"text": "", "token_ids": tokens} if self.token_ids else {"text": ""}
             if "logprobs" in body:
-                choice["logprobs"] = {"token_logprobs": logprobs}
+                choice["logprobs"] = {"token_logprobs": self.given(logprobs)}
             return 200, {"choices": [choice]}
         return 404, {"detail": "Not Found"}
 

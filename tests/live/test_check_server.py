@@ -184,8 +184,11 @@ def test_others_that_ask_at_the_same_time_are_noticed(model, heads, texts):
     assert "others asked the server" in cause
 
 
-def test_server_without_logprobs_is_compared_by_its_tokens(model, heads, texts):
-    report = check(FakeVllm(model, heads, logprobs=False), model, heads, texts)
+@pytest.mark.parametrize(
+    "options", [{"logprobs": False}, {"given": lambda found: [None] * len(found)}, {"given": lambda found: found[1:]}]
+)
+def test_server_without_logprobs_is_compared_by_its_tokens(model, heads, texts, options):
+    report = check(FakeVllm(model, heads, **options), model, heads, texts)
     assert report.causes == [] and report.moved is None and report.own == 1.0
 
 

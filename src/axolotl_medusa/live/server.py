@@ -149,8 +149,8 @@ class Server:
         logprobs = choice.get("logprobs")
         values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         token_ids = self._token_ids(choice, "token_ids")
-        fits = isinstance(values, list) and len(values) == len(token_ids)
-        return Completion(token_ids, [float(value) for value in values] if fits and isinstance(values, list) else [])
+        numbers = values if isinstance(values, list) and all(isinstance(value, int | float) for value in values) else []
+        return Completion(token_ids, [float(value) for value in numbers] if len(numbers) == len(token_ids) else [])
 
     def _token_ids(self, answer: Mapping[str, Any], key: str) -> list[int]:
         found = answer.get(key)

