@@ -15,7 +15,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from axolotl_medusa.onnx_decoding.onnx_medusa import OnnxMedusa
 from axolotl_medusa.terminal.prompts import prompt_tokens, read_prompts
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript")
-CALIBRATION_TOKENS = 48
+CALIBRATION_TOKENS = 32
 NODES = 16
 
 
@@ -98,8 +98,10 @@ def _run(decoding: Any) -> Run:
     return Run(decoding.tokens[0], time.perf_counter() - begin, decoding.stats.batch_forwards)
 
 
-def measure(decoders: dict[str, Decoder], prompts: Sequence[list[int]], new_tokens: int) -> dict[str, list[Run]]:
-    """Decodes all prompts with all decoders, in turns."""
+def measure(
+    decoders: dict[str, Decoder], prompts: Sequence[list[int]], new_tokens: int
+) -> Iterator[dict[str, list[Run]]]:
+    """Decodes prompt after prompt with all decoders, in turns; gives all runs so far after each."""
     runs: dict[str, list[Run]] = {name: [] for name in decoders}
     for decode in decoders.values():
         decode(prompts[0], 8)
@@ -107,7 +109,7 @@ def measure(decoders: dict[str, Decoder], prompts: Sequence[list[int]], new_toke
         start = number % len(decoders)
         for name in [*decoders, *decoders][start : start + len(decoders)]:
             runs[name].append(decoders[name](prompt, new_tokens))
-    return runs
+        yield runs
 
 
 def summary(name: str, runs: dict[str, list[Run]]) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def main() -> None:
         model = OnnxMedusa.from_pretrained(directory)
         opened = time.perf_counter() - begin
         name = directory.name
-        times = measure_onnx_steps(model, prompts[0], rounds=25)
+        times = measure_onnx_steps(model, prompts[0], rounds=15)
         tuned = tune_onnx_tree(model, prompts[args.limit :], NODES, CALIBRATION_TOKENS)
         directories[name] = {
             "precision": model.about.precision,
@@ -172,8 +174,11 @@ def main() -> None:
             },
         }
         decoders |= onnx_decoders(name, model, tuned)
-    runs = measure(decoders, prompts[: args.limit], args.max_new_tokens)
-    result |= {"directories": directories, "decoders": {name: summary(name, runs) for name in runs}}
+    result["directories"] = directories
+    for runs in measure(decoders, prompts[: args.limit], args.max_new_tokens):
+        result |= {"prompts": len(runs["torch plain"]), "decoders": {name: summary(name, runs) for name in runs}}
+        if args.json:
+            write_result(args.json, result)
     for name, found in directories.items():
         print(name, found)
     print("decoder            tokens/s  to plain  to torch plain  acceptance length  same texts")
@@ -182,8 +187,6 @@ def main() -> None:
             f"{name:18} {row['tokens_per_s']:8.2f}  {row['to_plain']:8.3f}  {row['to_torch_plain']:14.3f}  "
             f"{row['acceptance_length']:17.2f}  {row['same_texts']:10}"
         )
-    if args.json:
-        write_result(args.json, result)
 
 
 if __name__ == "__main__":
