@@ -25,7 +25,7 @@ from axolotl_medusa.terminal.prompts import prompt_tokens, read_prompts
 pytestmark = pytest.mark.long
 
 PROMPTS = Path(__file__).parents[2] / "data_generation" / "prompts_heldout.jsonl"
-NEW, COUNT = 128, 50
+NEW, COUNT, HEADS = 128, 50, 2
 LONGEST_EXPORT_S, MOST_MEMORY, LONGEST_START_S = 180, 3.0, 3.0
 
 
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("smollm2")
     model = AutoModelForCausalLM.from_pretrained(unpacked(demo.MODEL), dtype=torch.float32).eval()
     weight = output_embedding(model).weight
-    heads = MedusaHeads(weight.shape[1], weight.shape[0], 2)
+    heads = MedusaHeads(weight.shape[1], weight.shape[0], HEADS)
     heads.start_output_layers_from(weight)
     source_of(directory, model, heads, tokenizer=False)
     return model, directory
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(run):
-    """The export's directory, its seconds, and its memory at most as a multiple of the model's size."""
+    """The export's directory, its seconds, and its memory at most as a multiple of what model and heads have."""
     model, directory = run
     code = (
         "import resource, sys; from axolotl_medusa.cli import main; status = main(sys.argv[1:]); "
@@ -55,7 +55,8 @@ def exported(run):
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     seconds = time.perf_counter() - begin
     assert done.returncode == 0, done.stderr
-    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    heads = MedusaHeads(model.config.hidden_size, model.config.vocab_size, HEADS, device="meta")
+    size = sum(parameter.numel() * 4 for module in (model, heads) for parameter in module.parameters())
     return directory / "out", seconds, int(done.stdout.splitlines()[-1]) / size
 
 
@@ -76,6 +77,6 @@ def test_start_is_quick(exported):
 def test_greedy_text_is_torchs(run, exported):
     model, medusa, tokenizer = run[0], OnnxMedusa.from_pretrained(exported[0]), LightTokenizer(exported[0])
     prompts = [prompt_tokens(tokenizer, row) for row in read_prompts(PROMPTS, COUNT)]
-    tree = default_tree(2, 8)
+    tree = default_tree(HEADS, 8)
     for prompt in prompts:
         assert medusa.generate([prompt], NEW, tree=tree, eos_token_id=[])[0][0] == greedy(model, prompt, NEW)
