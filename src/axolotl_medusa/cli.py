@@ -222,6 +222,18 @@ def _plot(options: argparse.Namespace) -> None:
         print(f"plot: {file}")
 
 
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    from axolotl_medusa.recipes.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _recipe(options: argparse.Namespace) -> None:
+    from axolotl_medusa.recipes.command import run
+
+    run(options)
+
+
 def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "yaml", metavar="X.yml", help="the YAML of a training; its model's config is here or in the Hub's cache"
@@ -256,6 +268,7 @@ def _estimate(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {
+    "recipe": Command("write the YAML for a model of yours, and the commands around it", _recipe_arguments, _recipe),
     "estimate": Command(
         "compute memory and time of a training before anything is loaded", _estimate_arguments, _estimate
     ),
