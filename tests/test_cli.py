@@ -28,6 +28,7 @@ USAGE = {
     "generate": ["heads", "--prompt", "Hello"],
     "chat": ["heads"],
     "demo": ["heads"],
+    "doctor": [],
     "plot": ["out"],
 }
 

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "training": {"losses", "model"},
     "estimating": {"losses", "model", "training"},
     "recipes": {"estimating", "model", "serving"},
+    "doctor": {"decoding", "model", "serving"},
     "measuring": {"decoding", "model"},
     "terminal": {"decoding", "measuring", "model"},
 }
@@ -55,6 +56,9 @@ STAYS_LIGHT = {
     "decoding.library_errors",
     "decoding.tree",
     "decoding.tree_chooser",
+    "doctor.command",
+    "doctor.machine",
+    "doctor.versions",
     "errors",
     "estimating.plan",
     "estimating.sizes",

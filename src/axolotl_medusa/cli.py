@@ -267,6 +267,18 @@ def _estimate(options: argparse.Namespace) -> None:
     print(json.dumps(found.to_json(), indent=2) if options.json else text_of(found))
 
 
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    from axolotl_medusa.doctor.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from axolotl_medusa.doctor.command import run
+
+    run(options)
+
+
 COMMANDS = {
     "recipe": Command("write the YAML for a model of yours, and the commands around it", _recipe_arguments, _recipe),
     "estimate": Command(
@@ -280,6 +292,9 @@ COMMANDS = {
     "generate": Command("answer a prompt with Medusa decoding", _generate_arguments, _generate),
     "chat": Command("chat in the terminal with Medusa decoding", _answer_arguments, _chat),
     "demo": Command("show plain and Medusa decoding of a prompt beside each other", _demo_arguments, _demo),
+    "doctor": Command(
+        "say what is installed, what is missing for what, and whether heads fit their model", _doctor_arguments, _doctor
+    ),
     "plot": Command("draw losses and accuracies of a training run", _plot_arguments, _plot),
 }
 

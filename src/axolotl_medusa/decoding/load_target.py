@@ -22,7 +22,7 @@ from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.model.heads_directory import HeadsFile, read_heads, weight_hash
 from axolotl_medusa.model.sources import Source, adapter_file, find_source
 from axolotl_medusa.model.stored_embeddings import stored_output_embedding
-from axolotl_medusa.model.tensor_files import TensorFiles
+from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
 from axolotl_medusa.model.wrapped_names import check_bare
 
 LOG = logging.getLogger(__name__)
@@ -62,14 +62,32 @@ def load_target(
         _check_hash(source, lambda: weight, type(causal_lm(base_model)).__name__)
         return base_model, file
     directory = source.model_dir()
+    stored = check_stored_model(source, file)
+    with one_line_for(directory, NO_MODEL):
+        dtype = dtype_here(dtype, directory, device, stored.dtype, **load_options)
+    return load_model(source, directory, dtype, device, load_options), file
+
+
+def check_stored_model(source: Source, file: HeadsFile) -> LazyTensor:
+    """Checks that the model's files are those of the model that heads were trained with.
+
+    Args:
+        source: The heads and where their model is.
+        file: The heads.
+
+    Returns:
+        The model's output embedding, not read yet.
+
+    Raises:
+        ValueError: The files are damaged, or the heads belong to another model.
+    """
+    directory = source.model_dir()
     if source.adapter_dir is not None:
         check_bare(TensorFiles.open(adapter_file(source.adapter_dir)), source.adapter_dir, prefix="base_model.model.")
     stored = stored_output_embedding(directory)
     _check_shape(stored.shape, (file.config["vocab_size"], file.config["hidden_size"]), str(directory))
     _check_hash(source, stored.load, str(directory))
-    with one_line_for(directory, NO_MODEL):
-        dtype = dtype_here(dtype, directory, device, stored.dtype, **load_options)
-    return load_model(source, directory, dtype, device, load_options), file
+    return stored
 
 
 def check_sizes(model: nn.Module, heads: MedusaHeads) -> None:
