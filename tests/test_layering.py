@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "losses": set(),
     "serving": {"model"},
     "decoding": {"model"},
-    "training": {"losses", "model"},
+    "training": {"losses", "measuring", "model"},  # measuring draws the log of a run, when it ends
     "estimating": {"losses", "model", "training"},
     "recipes": {"estimating", "model", "serving"},
     "doctor": {"decoding", "model", "serving"},
