@@ -30,6 +30,7 @@ USAGE = {
     "demo": ["heads"],
     "doctor": [],
     "plot": ["out"],
+    "report": ["out"],
 }
 
 

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "recipes": {"estimating", "model", "serving"},
     "doctor": {"decoding", "model", "serving"},
     "measuring": {"decoding", "model"},
+    "reporting": {"decoding", "measuring", "model", "terminal"},
     "terminal": {"decoding", "measuring", "model"},
 }
 """What the modules of a room may import of ours, inside functions too: their own room and these."""
@@ -77,6 +78,11 @@ STAYS_LIGHT = {
     "recipes.commands_around",
     "recipes.model_facts",
     "recipes.yaml_text",
+    "reporting.coloured_text",
+    "reporting.command",
+    "reporting.found_files",
+    "reporting.page",
+    "reporting.svg",
     "serving.chat_templates",
     "serving.export_files",
     "serving.format_rules",

@@ -279,6 +279,18 @@ def _doctor(options: argparse.Namespace) -> None:
     run(options)
 
 
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    from axolotl_medusa.reporting.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from axolotl_medusa.reporting.command import run
+
+    run(options)
+
+
 COMMANDS = {
     "recipe": Command("write the YAML for a model of yours, and the commands around it", _recipe_arguments, _recipe),
     "estimate": Command(
@@ -296,6 +308,9 @@ COMMANDS = {
         "say what is installed, what is missing for what, and whether heads fit their model", _doctor_arguments, _doctor
     ),
     "plot": Command("draw losses and accuracies of a training run", _plot_arguments, _plot),
+    "report": Command(
+        "write one HTML page with what a run logged and what was measured with its heads", _report_arguments, _report
+    ),
 }
 
 
