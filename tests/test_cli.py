@@ -31,6 +31,7 @@ USAGE = {
     "doctor": [],
     "plot": ["out"],
     "report": ["out"],
+    "completion": ["bash"],
 }
 
 

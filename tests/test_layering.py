@@ -89,6 +89,8 @@ STAYS_LIGHT = {
     "serving.head_names",
     "serving.model_card",
     "serving.push",
+    "terminal.completion",
+    "terminal.help_texts",
     "terminal.outputs",
     "terminal.prompts",
     "training.args",

@@ -291,6 +291,19 @@ def _report(options: argparse.Namespace) -> None:
     run(options)
 
 
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    from axolotl_medusa.terminal.completion import SHELLS
+
+    parser.add_argument("shell", choices=SHELLS, help="the shell that shall complete the command; prints its script")
+
+
+def _completion(options: argparse.Namespace) -> None:
+    from axolotl_medusa.terminal.completion import completion_script, described
+
+    commands = {name: described(command.summary, command.add_arguments) for name, command in COMMANDS.items()}
+    print(completion_script(options.shell, commands), end="")
+
+
 COMMANDS = {
     "recipe": Command("write the YAML for a model of yours, and the commands around it", _recipe_arguments, _recipe),
     "estimate": Command(
@@ -311,6 +324,7 @@ COMMANDS = {
     "report": Command(
         "write one HTML page with what a run logged and what was measured with its heads", _report_arguments, _report
     ),
+    "completion": Command("print a script that lets a shell complete this command", _completion_arguments, _completion),
 }
 
 
@@ -325,12 +339,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "axolotl-medusa") -> int
         The exit status: 0, 1 after an error, 130 after an interrupt. Wrong usage exits with 2.
     """
     from axolotl_medusa import __version__
+    from axolotl_medusa.terminal.help_texts import EXAMPLES, exit_statuses
 
-    parser = argparse.ArgumentParser(prog=prog, description="Medusa heads: from training to a server.")
+    description = "Medusa heads: from training to a server."
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=exit_statuses())
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.add_arguments(subparsers.add_parser(name, help=command.summary, description=command.summary))
+        example = f"example: {prog} {name} {EXAMPLES[name]}" if name in EXAMPLES else None
+        command.add_arguments(
+            subparsers.add_parser(name, help=command.summary, description=command.summary, epilog=example)
+        )
     options = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("axolotl_medusa").setLevel(logging.INFO)
