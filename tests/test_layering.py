@@ -38,6 +38,7 @@ USES_AXOLOTL = {
     "training.axolotl_versions",
     "training.loading",
     "training.lora_kernels",
+    "training.plots_at_the_end",
     "training.plugin",
     "training.renderable_chats",
     "training.rendering",

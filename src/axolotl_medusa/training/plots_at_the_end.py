@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_medusa.measuring.plots import check_matplotlib, check_plots
 from axolotl_medusa.measuring.training_plots import TRAINING_PLOTS, draw_series, series_of
+
+LOG = get_logger(__name__)
 
 
 class LogKeeper(TrainerCallback):  # type: ignore[misc]
@@ -46,11 +49,10 @@ def plots_problems(cfg: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def draw_log(history: Sequence[Mapping[str, Any]], output_dir: str | Path) -> list[Path]:
-    """Draws a log into the run's directory.
-
-    Raises:
-        ValueError: The log has nothing about heads, or a picture that is there is not ours.
-        OSError: It cannot be written.
-    """
-    return draw_series(series_of(history, "the log"), output_dir)
+def draw_log(history: Sequence[Mapping[str, Any]], output_dir: str | Path) -> None:
+    """Draws a log into the run's directory; what cannot be drawn is a warning, as all else of the run is there."""
+    try:
+        for file in draw_series(series_of(history, "the log"), output_dir):
+            LOG.info(f"plot: {file}")
+    except (ValueError, OSError) as error:
+        LOG.warning(f"the log was not drawn: {error}")

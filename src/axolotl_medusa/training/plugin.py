@@ -6,7 +6,7 @@ Contract: every error that a user can cause ends here in one line and a non-zero
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,14 +229,7 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
         except ValueError as error:
             raise stop(str(error)) from None
         if self._log is not None and self._log.history:
-            self._draw(self._log.history, cfg.output_dir)
-
-    def _draw(self, history: Sequence[Mapping[str, Any]], output_dir: str) -> None:
-        try:
-            for file in draw_log(history, output_dir):
-                LOG.info(f"plot: {file}")
-        except (ValueError, OSError) as error:
-            LOG.warning(f"the log was not drawn: {error}")
+            draw_log(self._log.history, cfg.output_dir)
 
 
 def _yaml_file(cfg: DictDefault) -> str:
