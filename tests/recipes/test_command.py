@@ -113,6 +113,22 @@ def test_names_that_yaml_or_a_shell_would_read_otherwise_are_quoted(here, capsys
     assert f"vllm serve {shlex.quote(name)}" in text and "--output_path 'my data.jsonl'" in text
 
 
+def test_second_stage_names_the_command_of_the_first(here, capsys):
+    write_model(here / "tiny", template=None)
+    (here / "t.jinja").write_text(TEMPLATE)
+    text, cfg = made(capsys, "tiny", "--method", "medusa-2", "--gpus", "0", "--chat-template", "t.jinja")
+    (line,) = (line for line in text.splitlines() if line.startswith("#            axolotl-medusa recipe"))
+    _, first = made(capsys, *shlex.split(line.split("axolotl-medusa recipe ")[1]))
+    assert cfg["medusa_init_from"] == first["output_dir"]
+    for key in ("medusa_num_heads", "medusa_lm_head", "medusa_num_layers"):
+        assert cfg[key] == first[key]
+    assert f"medusa_num_heads: 3 and medusa_lm_head: {cfg['medusa_lm_head']} as here" in text
+
+
+def test_name_of_several_lines_is_refused(here, capsys):
+    assert "has characters that are not printed" in refused(capsys, "tiny\nplugins: [evil]")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -136,6 +136,12 @@ def test_file_that_is_not_whole_is_left_out_and_named(damage, tmp_path, capsys):
     Page(text)
 
 
+def test_link_to_nothing_is_passed_over(tmp_path):
+    run = write_log(tmp_path / "run")
+    (run / "gone.json").symlink_to(tmp_path / "nowhere.json")
+    reported(run)
+
+
 def test_run_without_a_log_is_reported_by_what_was_measured(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     text = reported(tmp_path / "run", "--with", MEASURED)

@@ -48,6 +48,9 @@ def run(options: argparse.Namespace) -> None:
     from axolotl_medusa.recipes.model_facts import read_facts
     from axolotl_medusa.recipes.yaml_text import yaml_text
 
+    for value in (options.model, options.chat_template, options.data, options.out):
+        if value is not None and not value.isprintable():
+            raise ValueError(f"{value!r} has characters that are not printed, expected a name of one line")
     if options.out:
         _check_output(options.out)
     facts = read_facts(options.model, options.chat_template)
@@ -60,7 +63,8 @@ def run(options: argparse.Namespace) -> None:
         data=options.data,
     )
     file = options.out or f"{recipe.output_dir.rpartition('/')[2]}.yml"
-    commands = commands_around(recipe, file, command_line(options))
+    stage_1 = argparse.Namespace(**{**vars(options), "method": _METHODS[0], "out": None})
+    commands = commands_around(recipe, file, command_line(options), command_line(stage_1))
     text = yaml_text(recipe, commands)
     if options.out is None:
         print(text, end="")

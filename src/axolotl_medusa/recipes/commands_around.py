@@ -35,15 +35,16 @@ class Commands:
     recipe: str
 
 
-def commands_around(recipe: Recipe, file: str, made_by: str) -> Commands:
+def commands_around(recipe: Recipe, file: str, made_by: str, stage_1: str) -> Commands:
     """The commands around a recipe.
 
     Args:
         recipe: What was chosen.
         file: The YAML.
         made_by: The command that chose it.
+        stage_1: The command for the stage before it, where there is one.
     """
-    return Commands(_data(recipe), _train(recipe, file), _serve(recipe, file), made_by)
+    return Commands(_data(recipe), _train(recipe, file, stage_1), _serve(recipe, file), made_by)
 
 
 def _template_options(recipe: Recipe) -> str:
@@ -80,13 +81,18 @@ def _data(recipe: Recipe) -> tuple[str, ...]:
     )
 
 
-def _train(recipe: Recipe, file: str) -> tuple[str, ...]:
+def _train(recipe: Recipe, file: str, stage_1: str) -> tuple[str, ...]:
     processes = f"--num_processes {recipe.plan.gpus} " if recipe.plan.gpus > 1 else ""
     command = f"accelerate launch {processes}-m axolotl.cli.train {shlex.quote(file)}"
     if recipe.method != "medusa-2":
         return (command,)
-    first = f"axolotl-medusa recipe {shlex.quote(recipe.facts.name)} --method medusa-1"
-    return (command, f"after stage 1, whose YAML `{first}` writes: its heads are in {recipe.keys['medusa_init_from']}")
+    keys = recipe.keys
+    heads = f"medusa_num_heads: {keys['medusa_num_heads']} and medusa_lm_head: {keys['medusa_lm_head']}"
+    return (
+        command,
+        f"It starts from the heads in {keys['medusa_init_from']}, of the YAML for stage 1, with {heads} as here:",
+        f"    {stage_1}",
+    )
 
 
 def _serve(recipe: Recipe, file: str) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ def _heads_dir(directory: Path) -> Path | None:
 
 def _take(found: Found, file: Path, *, strict: bool = False) -> bool:
     """Adds a file to what it is; false where it is nothing of ours."""
-    if not strict and file.stat().st_size > _LARGEST_BYTES:
+    if not strict and (not file.is_file() or file.stat().st_size > _LARGEST_BYTES):
         return False
     try:
         content = read_json(file)
