@@ -67,6 +67,12 @@ def test_other_token_ids_are_told(run, tmp_path):
     assert "does not number tokens as the one in" in problem
 
 
+def test_damaged_tokenizer_is_told(run, tmp_path):
+    (tmp_path / "base" / "tokenizer.json").write_text("{")
+    (problem,) = problems(examine(run))
+    assert problem.startswith("the tokenizers' files cannot be compared: ") and "is not JSON" in problem
+
+
 def test_heads_without_a_hash_are_compared_by_their_sizes(run):
     file = run / "medusa_heads" / "medusa_meta.json"
     meta = json.loads(file.read_text())

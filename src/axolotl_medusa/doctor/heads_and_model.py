@@ -128,7 +128,11 @@ def _tokenizer(source: Source) -> Iterator[Finding]:
             f"{source.heads_dir} has no tokenizer files of its own, so tokens and chat template were not compared",
         )
         return
-    notes = list(tokenizer_notes(trained, served))
+    try:
+        notes = list(tokenizer_notes(trained, served))
+    except (ValueError, OSError) as error:
+        yield Finding("problem", f"the tokenizers' files cannot be compared: {error}")
+        return
     yield from (Finding("problem", line) for line in notes)
     if not notes:
         yield Finding("ok", "tokens and chat template of heads and model are the same")
