@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "training": {"losses", "measuring", "model"},  # measuring draws the log of a run, when it ends
     "estimating": {"losses", "model", "training"},
     "recipes": {"estimating", "model", "serving"},
-    "doctor": {"decoding", "model", "serving"},
+    "doctor": {"model", "serving"},
     "measuring": {"decoding", "model"},
     "reporting": {"decoding", "measuring", "model", "terminal"},
     "terminal": {"decoding", "measuring", "model"},

@@ -15,6 +15,7 @@ from training_outputs import as_torch_files
 
 from axolotl_medusa.decoding import load_target as load_target_module
 from axolotl_medusa.decoding.medusa_model import MedusaModel
+from axolotl_medusa.model import trained_with
 from axolotl_medusa.model.anatomy import causal_lm
 from axolotl_medusa.model.heads import attach_heads
 from axolotl_medusa.model.heads_directory import (
@@ -198,7 +199,7 @@ def hashes(monkeypatch):
         taken.append(dtypes)
         return weight_hash(weight, *dtypes)
 
-    monkeypatch.setattr(load_target_module, "weight_hash", counted)
+    monkeypatch.setattr(trained_with, "weight_hash", counted)
     return taken
 
 

@@ -38,6 +38,17 @@ def test_run_with_an_adapter_fits_its_base(tmp_path):
     assert problems(examine(run)) == []
 
 
+def test_merged_model_whose_hash_says_nothing_is_a_note(tmp_path):
+    """Heads of Medusa-2 alone, with a model given: a merged adapter may have changed its output embedding, rightly so."""
+    base = save_base(tmp_path / "base", make_model())
+    run = write_run(tmp_path / "run", add_lora(make_model()), "medusa-2", base)
+    alone = (run / "medusa_heads").rename(tmp_path / "alone")
+    merged = save_base(tmp_path / "merged", make_model(seed=3))
+    findings = examine(alone, str(merged))
+    assert problems(findings) == []
+    assert any(f.kind == "note" and f.text.startswith("cannot tell whether") for f in findings)
+
+
 def test_other_model_of_the_same_shape_is_told_by_its_hash(run, tmp_path):
     other = save_base(tmp_path / "other", make_model(seed=3))
     (problem,) = problems(examine(run, str(other)))

@@ -6,8 +6,6 @@ decoding.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
@@ -19,17 +17,12 @@ from axolotl_medusa.decoding.default_dtype import dtype_here
 from axolotl_medusa.decoding.library_errors import one_line_for
 from axolotl_medusa.model.anatomy import causal_lm, embedding_shape, frozen_output_embedding, output_embedding
 from axolotl_medusa.model.heads import MedusaHeads
-from axolotl_medusa.model.heads_directory import HeadsFile, read_heads, weight_hash
+from axolotl_medusa.model.heads_directory import HeadsFile, read_heads
 from axolotl_medusa.model.sources import Source, adapter_file, find_source
 from axolotl_medusa.model.stored_embeddings import stored_output_embedding
-from axolotl_medusa.model.tensor_files import LazyTensor, TensorFiles
+from axolotl_medusa.model.tensor_files import TensorFiles
+from axolotl_medusa.model.trained_with import check_output_layer, check_shape
 from axolotl_medusa.model.wrapped_names import check_bare
-
-LOG = logging.getLogger(__name__)
-
-_HASHED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Types that a model may have had in training: the hash is of the output embedding's bytes in that type. Axolotl loads a
-model in half precision and may turn its embeddings back into fp32, so rounded values in fp32 count too."""
 
 NO_MODEL = "cannot be loaded as a causal language model"
 
@@ -59,35 +52,17 @@ def load_target(
     if isinstance(base_model, nn.Module):
         check_sizes(base_model, file.as_heads())
         weight: Tensor = frozen_output_embedding(output_embedding(base_model)).weight
-        _check_hash(source, lambda: weight, type(causal_lm(base_model)).__name__)
+        check_output_layer(source, lambda: weight, type(causal_lm(base_model)).__name__)
         return base_model, file
-    directory = source.model_dir()
-    stored = check_stored_model(source, file)
-    with one_line_for(directory, NO_MODEL):
-        dtype = dtype_here(dtype, directory, device, stored.dtype, **load_options)
-    return load_model(source, directory, dtype, device, load_options), file
-
-
-def check_stored_model(source: Source, file: HeadsFile) -> LazyTensor:
-    """Checks that the model's files are those of the model that heads were trained with.
-
-    Args:
-        source: The heads and where their model is.
-        file: The heads.
-
-    Returns:
-        The model's output embedding, not read yet.
-
-    Raises:
-        ValueError: The files are damaged, or the heads belong to another model.
-    """
     directory = source.model_dir()
     if source.adapter_dir is not None:
         check_bare(TensorFiles.open(adapter_file(source.adapter_dir)), source.adapter_dir, prefix="base_model.model.")
     stored = stored_output_embedding(directory)
-    _check_shape(stored.shape, (file.config["vocab_size"], file.config["hidden_size"]), str(directory))
-    _check_hash(source, stored.load, str(directory))
-    return stored
+    check_shape(stored.shape, (file.config["vocab_size"], file.config["hidden_size"]), str(directory))
+    check_output_layer(source, stored.load, str(directory))
+    with one_line_for(directory, NO_MODEL):
+        dtype = dtype_here(dtype, directory, device, stored.dtype, **load_options)
+    return load_model(source, directory, dtype, device, load_options), file
 
 
 def check_sizes(model: nn.Module, heads: MedusaHeads) -> None:
@@ -97,51 +72,7 @@ def check_sizes(model: nn.Module, heads: MedusaHeads) -> None:
         ValueError: They differ.
     """
     shape = embedding_shape(output_embedding(model))
-    _check_shape(shape, (heads.vocab_size, heads.hidden_size), type(causal_lm(model)).__name__)
-
-
-def _check_shape(found: tuple[int, ...], expected: tuple[int, int], model: str) -> None:
-    if tuple(found) != expected:
-        raise ValueError(
-            f"the output embedding of {model} is {list(found)}, but the heads were trained with one of {list(expected)} "
-            "(vocabulary, hidden size): give the base model that they were trained with"
-        )
-
-
-def _check_hash(source: Source, load: Callable[[], Tensor], model: str) -> None:
-    """Compares an output embedding with the hash that training wrote down, if it did, in one type after the other."""
-    expected = source.meta.get("lm_head_sha256")
-    if expected is None:
-        return
-    weight, own = load(), None
-    for dtypes in _trained_types(weight.dtype, source.meta.get("dtype")):
-        found = weight_hash(weight, *dtypes)
-        if found == expected:
-            return
-        own = own or found
-    if source.meta.get("recipe") == "medusa-2" and source.model_kind == "base":
-        # A merged adapter may have changed the output embedding, rightly so; its hash was taken without the adapter.
-        LOG.warning("cannot tell whether %s is the model that %s was trained with", model, source.heads_dir)
-        return
-    raise ValueError(
-        f"the output embedding of {model} is another than the one that {source.heads_dir} was trained with "
-        f"(SHA-256 {str(own)[:12]}, expected {expected[:12]}): give the base model that they were trained with"
-    )
-
-
-def _trained_types(stored: torch.dtype, heads_dtype: str | None) -> list[tuple[torch.dtype, ...]]:
-    """Types that an output embedding may have had in training, each as the conversions that lead to it, the likeliest first.
-
-    Args:
-        stored: The type that it is stored in; no conversion comes first.
-        heads_dtype: Type that the heads had, as `medusa_meta.json` names it; that comes next.
-    """
-    if not stored.is_floating_point:
-        return [()]
-    ways: list[tuple[torch.dtype, ...]] = [(dtype,) for dtype in _HASHED_DTYPES if dtype != stored]
-    ways += [(half, torch.float32) for half in _HASHED_DTYPES if half not in (stored, torch.float32)]
-    named = getattr(torch, str(heads_dtype), None)
-    return [(), *sorted(ways, key=lambda way: way[-1] != named)]
+    check_shape(shape, (heads.vocab_size, heads.hidden_size), type(causal_lm(model)).__name__)
 
 
 def load_model(

@@ -15,7 +15,8 @@ from axolotl_medusa.model.file_names import CONFIG_FILE
 from axolotl_medusa.model.sources import Source, find_source
 from axolotl_medusa.serving.chat_templates import tokenizer_notes
 
-_LOADS = "axolotl_medusa.decoding.load_target"
+_CHECKS = "axolotl_medusa.model.trained_with"
+"""Its logger says what a check cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,17 @@ def _local(source: Source) -> Source:
 
 
 def _model(source: Source, file: Any) -> Iterator[Finding]:
-    from axolotl_medusa.decoding.load_target import check_stored_model
+    from axolotl_medusa.model.stored_embeddings import stored_output_embedding
+    from axolotl_medusa.model.trained_with import check_output_layer, check_shape
 
-    notes = _Notes()
-    logger = logging.getLogger(_LOADS)
+    directory, notes = source.model_dir(), _Notes()
+    logger = logging.getLogger(_CHECKS)
     logger.addHandler(notes)
     propagates, logger.propagate = logger.propagate, False
     try:
-        check_stored_model(source, file)
+        stored = stored_output_embedding(directory)
+        check_shape(stored.shape, (file.config["vocab_size"], file.config["hidden_size"]), str(directory))
+        check_output_layer(source, stored.load, str(directory))
     except ValueError as error:
         yield Finding("problem", str(error))
         return
@@ -113,8 +117,8 @@ def _model(source: Source, file: Any) -> Iterator[Finding]:
     yield from (Finding("note", line) for line in notes.lines)
     shape = f"{file.config['vocab_size']:,} x {file.config['hidden_size']:,}"
     has_hash = source.meta.get("lm_head_sha256") is not None and not notes.lines
-    same = f"the output embedding of {source.model_dir()} is the one that the heads were trained with ({shape})"
-    unknown = f"the output embedding of {source.model_dir()} has the heads' sizes ({shape}); no hash says more"
+    same = f"the output embedding of {directory} is the one that the heads were trained with ({shape})"
+    unknown = f"the output embedding of {directory} has the heads' sizes ({shape}); no hash says more"
     yield Finding("ok", same) if has_hash else Finding("note", unknown)
 
 
