@@ -90,7 +90,8 @@ def _train(recipe: Recipe, file: str, stage_1: str) -> tuple[str, ...]:
     heads = f"medusa_num_heads: {keys['medusa_num_heads']} and medusa_lm_head: {keys['medusa_lm_head']}"
     return (
         command,
-        f"It starts from the heads in {keys['medusa_init_from']}, of the YAML for stage 1, with {heads} as here:",
+        f"It starts from the heads in {keys['medusa_init_from']}. Stage 1, to be run before, has a YAML of its own,",
+        f"with {heads} as here:",
         f"    {stage_1}",
     )
 
