@@ -1,4 +1,7 @@
-"""A recipe for a CPU trains as it is written: what `axolotl-medusa recipe` leaves to axolotl works with few conversations too."""
+"""A recipe for a CPU trains as it is written: what `axolotl-medusa recipe` leaves to axolotl works with few conversations too.
+
+Four steps of it are run, with the evaluations and checkpoints between them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def test_recipe_for_a_cpu_trains(method, tmp_path, tiny_base, chats, axolotl):
     assert main(["recipe", *arguments]) == 0
     cfg = yaml.safe_load(file.read_text())
     here = {key: str(tmp_path / cfg[key]) for key in ("output_dir", "dataset_prepared_path")}
-    axolotl("train", file, *(f"--{key}={path}" for key, path in here.items()))
+    axolotl("train", file, "--max_steps=4", *(f"--{key}={path}" for key, path in here.items()))
     heads = read_heads(Path(here["output_dir"]) / "medusa_heads")
     assert heads.config["medusa_num_heads"] == 3 and heads.form == "shared"
     assert heads.meta["recipe"] == ("medusa-1" if method == "medusa-1" else "medusa-2")
