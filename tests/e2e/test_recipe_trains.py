@@ -13,10 +13,10 @@ import yaml
 from axolotl_medusa.cli import main
 from axolotl_medusa.model.heads_directory import read_heads
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 
-@pytest.mark.parametrize("method", ["medusa-1", pytest.param("self-distillation", marks=pytest.mark.long)])
+@pytest.mark.parametrize("method", ["medusa-1", "self-distillation"])
 def test_recipe_for_a_cpu_trains(method, tmp_path, tiny_base, chats, axolotl):
     file = tmp_path / "my.yml"
     arguments = [str(tiny_base), "--method", method, "--gpus", "0", "--data", str(chats), "--out", str(file)]
