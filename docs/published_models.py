@@ -1,4 +1,8 @@
-"""Configs of published models, as far as the pages' estimates need them: what their `config.json` says of sizes."""
+"""Configs and tokenizers of published models, as far as the pages' estimates and the examples' recipes need them.
+
+`CONFIGS` has what their `config.json` says of sizes, `TOKENIZERS` what their `tokenizer_config.json` says of special tokens
+and, of the chat template, whether there is one and whether it has a switch for thoughts.
+"""
 
 from __future__ import annotations
 
@@ -67,4 +71,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": False,
     },
+}
+
+_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_TEMPLATE_WITH_SWITCH = _TEMPLATE + "{% if enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_QWEN3 = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": _TEMPLATE_WITH_SWITCH}
+
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "lmsys/vicuna-7b-v1.5": _LLAMA,
+    "HuggingFaceH4/zephyr-7b-beta": {**_LLAMA, "pad_token": "</s>", "chat_template": _TEMPLATE},
+    "mistralai/Mistral-7B-Instruct-v0.3": {**_LLAMA, "chat_template": _TEMPLATE},
+    "Qwen/Qwen3-8B": _QWEN3,
+    "Qwen/Qwen3-32B": _QWEN3,
 }

@@ -18,6 +18,7 @@ from axolotl_medusa import cli
 from axolotl_medusa.cli import COMMANDS, Command, main
 
 USAGE = {
+    "recipe": ["org/model"],
     "estimate": ["x.yml"],
     "export": ["out", "--to", "vllm", "--out", "dir"],
     "import": ["dir", "--to", "canonical", "--out", "other"],
@@ -31,7 +32,10 @@ USAGE = {
     "serve": ["out"],
     "plan": ["out"],
     "check-server": ["http://127.0.0.1:8000", "heads"],
+    "doctor": [],
     "plot": ["out"],
+    "report": ["out"],
+    "completion": ["bash"],
 }
 
 

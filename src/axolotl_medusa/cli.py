@@ -286,6 +286,18 @@ def _plot(options: argparse.Namespace) -> None:
         print(f"plot: {file}")
 
 
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    from axolotl_medusa.recipes.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _recipe(options: argparse.Namespace) -> None:
+    from axolotl_medusa.recipes.command import run
+
+    run(options)
+
+
 def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "yaml", metavar="X.yml", help="the YAML of a training; its model's config is here or in the Hub's cache"
@@ -356,7 +368,45 @@ def _check_server(options: argparse.Namespace) -> None:
     run_check_server(options)
 
 
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    from axolotl_medusa.doctor.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from axolotl_medusa.doctor.command import run
+
+    run(options)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    from axolotl_medusa.reporting.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from axolotl_medusa.reporting.command import run
+
+    run(options)
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    from axolotl_medusa.terminal.completion import SHELLS
+
+    parser.add_argument("shell", choices=SHELLS, help="the shell that shall complete the command; prints its script")
+
+
+def _completion(options: argparse.Namespace) -> None:
+    from axolotl_medusa.terminal.completion import completion_script, described
+
+    commands = {name: described(command.summary, command.add_arguments) for name, command in COMMANDS.items()}
+    print(completion_script(options.shell, commands), end="")
+
+
 COMMANDS = {
+    "recipe": Command("write the YAML for a model of yours, and the commands around it", _recipe_arguments, _recipe),
     "estimate": Command(
         "compute memory and time of a training before anything is loaded", _estimate_arguments, _estimate
     ),
@@ -388,7 +438,14 @@ COMMANDS = {
     "check-server": Command(
         "say why a server accepts less than the heads allow", _check_server_arguments, _check_server
     ),
+    "doctor": Command(
+        "say what is installed, what is missing for what, and whether heads fit their model", _doctor_arguments, _doctor
+    ),
     "plot": Command("draw losses and accuracies of a training run", _plot_arguments, _plot),
+    "report": Command(
+        "write one HTML page with what a run logged and what was measured with its heads", _report_arguments, _report
+    ),
+    "completion": Command("print a script that lets a shell complete this command", _completion_arguments, _completion),
 }
 
 
@@ -403,14 +460,21 @@ def main(argv: Sequence[str] | None = None, prog: str = "axolotl-medusa") -> int
         The exit status: 0, 1 after an error, 130 after an interrupt. Wrong usage exits with 2.
     """
     from axolotl_medusa import __version__
+    from axolotl_medusa.terminal.help_texts import EXAMPLES, exit_statuses
 
-    parser = argparse.ArgumentParser(prog=prog, description="Medusa heads: from training to a server.")
+    description = "Medusa heads: from training to a server."
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=exit_statuses())
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
+        example = f"example: {prog} {name} {EXAMPLES[name]}" if name in EXAMPLES else None
         command.add_arguments(
             subparsers.add_parser(
-                name, help=command.summary, description=command.summary, allow_abbrev=not command.passes_on
+                name,
+                help=command.summary,
+                description=command.summary,
+                epilog=example,
+                allow_abbrev=not command.passes_on,
             )
         )
     options, others = parser.parse_known_args(argv)

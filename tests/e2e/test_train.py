@@ -48,9 +48,11 @@ def trained_heads(directory: Path) -> dict[str, torch.Tensor]:
 
 def test_train_medusa1_writes_heads_only_and_metrics(make_yaml, axolotl, tmp_path, tiny_base):
     before = file_hash(tiny_base / "model.safetensors")
-    axolotl("train", make_yaml(medusa_logging_topk=2))
+    axolotl("train", make_yaml(medusa_logging_topk=2, medusa_plots=True))
     out = tmp_path / "out"
     trained_heads(out)
+    drawn = ["training_acceptance_length.png", "training_accuracy.png", "training_loss.png", "training_schedule.png"]
+    assert sorted(file.name for file in out.glob("*.png")) == drawn
     assert file_hash(tiny_base / "model.safetensors") == before
     backbone_files = [path for path in out.rglob("*.safetensors") if path.name != "medusa_lm_head.safetensors"]
     assert backbone_files == []

@@ -29,6 +29,7 @@ DEFAULTS = {
     "medusa_distillation_regularization": 0.0,
     "medusa_logging": True,
     "medusa_logging_topk": 5,
+    "medusa_plots": False,
     "medusa_lm_head": "separate",
     "medusa_draft_vocab": None,
     "medusa_heads_dtype": "auto",

@@ -19,11 +19,12 @@ _MOST_GPUS = 512
 
 _LORA = {"adapter": "lora", "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.05, "lora_target_linear": True}
 
-_FILES: dict[Engine, str] = {
+ZERO_FILES: dict[Engine, str] = {
     "zero-1": "deepspeed_configs/zero1.json",
     "zero-2": "deepspeed_configs/zero2.json",
     "zero-3": "deepspeed_configs/zero3_bf16.json",
 }
+"""What `deepspeed:` names for an engine."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class Change:
         price: What it costs.
         plan: What is trained then.
         gib: GiB of one GPU then.
+        keys: Keys of the YAML that change, as `lines` has them but for the engine's.
     """
 
     lines: tuple[str, ...]
     price: str
     plan: Plan
     gib: float
+    keys: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def changes_until_it_fits(cfg: Mapping[str, Any], plan: Plan, gib: float) -> lis
         found = memory_of(after).peak / GIB
         if found < _WORTH_IT * peak:
             keys, plan, peak = changed, after, found
-            made.append(Change(_lines(candidate), candidate.price, plan, peak))
+            made.append(Change(_lines(candidate), candidate.price, plan, peak, candidate.keys))
     return made
 
 
@@ -93,8 +96,8 @@ def _lines(candidate: _Candidate) -> tuple[str, ...]:
     lines = [
         f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in candidate.keys.items()
     ]
-    if candidate.engine in _FILES:
-        lines.append(f"deepspeed: {_FILES[candidate.engine]}")
+    if candidate.engine in ZERO_FILES:
+        lines.append(f"deepspeed: {ZERO_FILES[candidate.engine]}")
     if candidate.gpus:
         lines.append(f"{candidate.gpus} GPUs")
     return tuple(lines)

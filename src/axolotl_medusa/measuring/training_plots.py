@@ -1,6 +1,6 @@
-"""PNG plots of a training run: losses, accuracies per head and acceptance length over its steps.
+"""PNG plots of a training run: losses, accuracies per head, schedule and acceptance length over its steps.
 
-Contract: reads the trainer_state.json that training leaves in a checkpoint, and nothing else.
+Contract: reads the Trainer's log, or the trainer_state.json that training leaves in a checkpoint, and nothing else.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from axolotl_medusa.model.json_files import read_value
 TRAINING_PLOTS = {
     "training_loss.png": (r"base_loss|medusa\d+_loss", "loss"),
     "training_accuracy.png": (r"medusa\d+_top1", "top-1 accuracy"),
+    "training_schedule.png": (r"medusa_scheduler_coefficient", "factor on λ0"),
     "training_acceptance_length.png": (r"medusa_acceptance_length", "acceptance length, simulated"),
 }
 """Files, the metrics that each shows, and what its axis is called; `eval_` before a name is the evaluation's."""
+
+Series = dict[str, list[tuple[int, float]]]
+"""`(step, value)` by metric."""
 
 _LARGEST = 1e30
 """Values beyond, infinity among them, cannot be drawn."""
@@ -42,13 +46,44 @@ def write_training_plots(output_dir: str | Path, directory: str | Path) -> list[
         RuntimeError: matplotlib is missing.
     """
     check_matplotlib()
+    return draw_series(read_series(output_dir), directory)
+
+
+def read_series(output_dir: str | Path) -> dict[str, Series]:
+    """What a run has logged so far, by the picture that shows it.
+
+    Raises:
+        ValueError: There is no checkpoint, or its log has nothing about heads.
+    """
     state = trainer_state(output_dir)
-    history = _log_history(state)
-    series = {name: _series(history, pattern) for name, (pattern, _) in TRAINING_PLOTS.items()}
+    return series_of(_log_history(state), str(state))
+
+
+def series_of(history: Sequence[Mapping[str, Any]], where: str) -> dict[str, Series]:
+    """The metrics of a Trainer's log, by the picture that shows them.
+
+    Args:
+        history: The `log_history`.
+        where: Where it was found, for the message.
+
+    Raises:
+        ValueError: It has nothing about heads.
+    """
+    steps = [entry for entry in history if _is_number(entry.get("step"))]
+    series = {name: _series(steps, pattern) for name, (pattern, _) in TRAINING_PLOTS.items()}
     if not any("medusa" in metric for metrics in series.values() for metric in metrics):
         raise ValueError(
-            f"{state} has no losses of heads: train with logging_steps set and without medusa_logging: false"
+            f"{where} has no losses of heads: train with logging_steps set and without medusa_logging: false"
         )
+    return series
+
+
+def draw_series(series: Mapping[str, Series], directory: str | Path) -> list[Path]:
+    """Draws the pictures of a log that have something to show.
+
+    Raises:
+        ValueError: A picture that is there is not ours.
+    """
     check_plots(directory, TRAINING_PLOTS)
     directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
@@ -87,7 +122,7 @@ def _log_history(state: Path) -> Sequence[Mapping[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"{state} is not what a Trainer writes ({type(cause).__name__}: {cause})") from error
-    return [entry for entry in history if isinstance(entry, dict) and _is_number(entry.get("step"))]
+    return [entry for entry in history if isinstance(entry, dict)]
 
 
 def _is_number(value: object) -> bool:
@@ -95,9 +130,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not abs(value) > _LARGEST
 
 
-def _series(history: Sequence[Mapping[str, Any]], pattern: str) -> dict[str, list[tuple[int, float]]]:
+def _series(history: Sequence[Mapping[str, Any]], pattern: str) -> Series:
     """`(step, value)` of every metric whose name matches, by name."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    found: Series = {}
     for entry in history:
         for name, value in entry.items():
             if re.fullmatch(f"(eval_)?({pattern})", name) and _is_number(value):

@@ -108,6 +108,11 @@ class MedusaArgs(BaseModel):
         le=100,
         description="Accuracies logged: top 1 to k, k from 1 to 100. Default 5, ours.",
     )
+    medusa_plots: bool = Field(
+        default=False,
+        description="Draw losses, accuracies, schedule and acceptance length into output_dir at the end of training; needs matplotlib. "
+        "Default false, ours: `axolotl-medusa plot` draws them later.",
+    )
     medusa_lm_head: Literal["separate", "shared", "trained"] = Field(
         default="separate",
         description="separate: each head owns an output layer started from lm_head (v1). shared: heads reuse lm_head (v2). trained: "

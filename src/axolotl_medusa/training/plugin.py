@@ -36,6 +36,7 @@ from axolotl_medusa.training.lora_kernels import (
 from axolotl_medusa.training.merged import trained_heads, write_heads_of_merged
 from axolotl_medusa.training.named_files import heads_directory
 from axolotl_medusa.training.objective import install_objective
+from axolotl_medusa.training.plots_at_the_end import LogKeeper, draw_log, plots_problems
 from axolotl_medusa.training.precision import half_precision_problems, precision_is_left_to_axolotl
 from axolotl_medusa.training.quantized_backbone import quantize_a_frozen_backbone
 from axolotl_medusa.training.renamed_keys import renamed_key_hints
@@ -58,6 +59,7 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
     _rows_on_disk = 0
     _written: Collection[Path] | None = None
     _hints: Sequence[str] = ()
+    _log: LogKeeper | None = None
 
     def register(self, cfg: DictDefault, **_: Any) -> None:
         """Validates the Medusa part of the YAML; all of its errors are reported together."""
@@ -84,6 +86,7 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
         problems += adapter_with_heads_problems(cfg)
         problems += cuda_kernel_problems(cfg, torch.cuda.is_available())
         problems += half_precision_problems(cfg, torch.accelerator.is_available())
+        problems += plots_problems(cfg)
         if problems:
             raise stop(f"{_problems(problems, cfg)}{_also(self._hints)}")
 
@@ -201,7 +204,8 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
             trainer.setup_medusa(cfg)
         except (ValueError, RuntimeError) as error:
             raise stop(str(error)) from None
-        return []
+        self._log = LogKeeper() if cfg.medusa_plots else None
+        return [] if self._log is None else [self._log]
 
     def post_trainer_create(self, cfg: DictDefault, trainer: MedusaTrainer) -> None:
         """Tells the trainer that it will train; `axolotl evaluate` does not come here."""
@@ -225,6 +229,8 @@ class MedusaPlugin(BasePlugin):  # type: ignore[misc]
             check_heads_were_left(cfg.output_dir, self._written)
         except ValueError as error:
             raise stop(str(error)) from None
+        if self._log is not None and self._log.history:
+            draw_log(self._log.history, cfg.output_dir)
 
 
 def _yaml_file(cfg: DictDefault) -> str:
