@@ -63,7 +63,7 @@ def test_accepted_drafts_are_those_of_the_builtin_method_at_every_position(
     with capsys.disabled():
         print(f"\n{form}: accepted by place {found['accepted_tokens_per_pos']} of {found['drafts']}")
     assert found == expected
-    assert expected["accepted_tokens_per_pos"][0] > 0.1 * expected["drafts"], "nothing to compare"
+    assert expected["accepted_tokens_per_pos"][0] > 0.05 * expected["drafts"], "nothing to compare"
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -33,7 +33,7 @@ def test_bash_offers_commands_options_and_their_values(offered):
     assert offered("rec") == ["recipe"]
     assert offered("recipe", "org/model", "--me") == ["--method"]
     assert offered("recipe", "--method", "") == ["medusa-1", "medusa-2", "self-distillation"]
-    assert offered("export", "out", "--to", "") == list(TARGETS)
+    assert offered("export", "out", "--to", "") == [*TARGETS, "onnx"]
     assert offered("completion", "z") == ["zsh"]
 
 

@@ -20,7 +20,7 @@ EXAMPLES = {
     "report": "outputs/my-model --with measured.json --prompts data_generation/prompts_heldout.jsonl",
     "doctor": "outputs/my-model",
     "completion": "bash > ~/.local/share/bash-completion/completions/axolotl-medusa",
-    "serve": "outputs/my-model --port 8000",
+    "serve": "outputs/my-model --dry-run",
     "plan": "outputs/my-model",
     "check-server": "http://127.0.0.1:8000 outputs/my-model",
     "calibrate": "outputs/my-model --prompts data_generation/prompts_by_hand.jsonl",
