@@ -21,7 +21,14 @@ from axolotl_medusa.training.trainer import MedusaTrainer
 ONLY_NEWER = {"post_lora_merge", "reports_token_perplexity"}
 """What axolotl 0.19 does not ask for yet."""
 
-OURS = {"setup_medusa", "choose_checkpoint", "choose_draft_vocab", "open_hidden_cache", "medusa_trains", "medusa_written"}
+OURS = {
+    "setup_medusa",
+    "choose_checkpoint",
+    "choose_draft_vocab",
+    "open_hidden_cache",
+    "medusa_trains",
+    "medusa_written",
+}
 """Public names of our trainer that are not axolotl's."""
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
