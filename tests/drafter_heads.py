@@ -25,16 +25,15 @@ def stacked(heads: MedusaHeads) -> DraftHeads:
     layers = range(heads.num_layers)
     weights = tuple(torch.stack([block[layer].linear.weight.detach() for block in blocks]) for layer in layers)
     biases = tuple(torch.stack([block[layer].linear.bias.detach() for block in blocks]) for layer in layers)
-    outputs = [heads.output_layer(index) for index in range(heads.num_heads)]
-    if outputs[0] is None:
+    if not (outputs := heads.output_layers()):
         return DraftHeads(weights, biases)
     return DraftHeads(weights, biases, torch.stack([layer.weight.detach() for layer in outputs]))
 
 
-def write(directory: Path, form: HeadForm, layers: int = 1) -> MedusaHeads:
+def write(directory: Path, form: HeadForm, layers: int = 1, draft_vocab: int | None = None) -> MedusaHeads:
     """Writes random heads as training does; returns them."""
-    heads = randomize(MedusaHeads(HIDDEN, VOCAB, HEADS, layers, form))
-    tensors = {name: tensor.detach() for name, tensor in heads.named_parameters()}
+    heads = randomize(MedusaHeads(HIDDEN, VOCAB, HEADS, layers, form, draft_vocab=draft_vocab))
+    tensors = {name: tensor.detach() for name, tensor in heads.state_dict().items()}
     if form == "shared":
         tensors["lm_heads.0.weight"] = torch.randn(VOCAB, HIDDEN)
     write_heads(directory, HeadsFile(tensors, heads_config(heads, "org/model")))

@@ -26,7 +26,7 @@ def assert_same(found, expected, count=HEADS):
         assert torch.equal(found.outputs, expected.outputs[:count])
 
 
-@pytest.mark.parametrize("form", ["shared", "separate"])
+@pytest.mark.parametrize("form", ["shared", "separate", "trained"])
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("count", [1, HEADS])
 def test_heads_directory_and_export_hold_the_trained_heads(tmp_path, form, layers, count):
@@ -49,6 +49,22 @@ def test_parts_of_the_output_layers_are_the_whole(tmp_path, ranks):
     parts = [read(tmp_path, part=Part(rank, ranks)) for rank in range(ranks)]
     assert torch.equal(torch.cat([part.outputs for part in parts], 1), stacked(heads).outputs)
     assert [part.first_row for part in parts] == [Part(rank, ranks).rows(VOCAB).start for rank in range(ranks)]
+
+
+def test_logits_of_one_trained_layer_are_those_that_the_heads_learnt_with(tmp_path):
+    heads, states = write(tmp_path, "trained"), torch.randn(5, SIZES["hidden_size"])
+    found = read(tmp_path)
+    logits = found.own_logits(found.hidden(states, HEADS))
+    for head in range(HEADS):
+        expected = heads.output_layer(head)(heads.hidden(head, states))
+        torch.testing.assert_close(logits[:, head], expected)
+
+
+@pytest.mark.parametrize("form", ["separate", "trained"])
+def test_output_layers_of_a_draft_vocabulary_are_refused(tmp_path, form):
+    write(tmp_path, form, draft_vocab=16)
+    with pytest.raises(ValueError, match=r"choose among 16 of the model's tokens, .* without medusa_draft_vocab"):
+        read(tmp_path)
 
 
 def test_more_drafts_than_heads_are_refused(tmp_path):

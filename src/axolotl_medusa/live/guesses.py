@@ -68,7 +68,7 @@ def along(model: MedusaModel, prompt: Sequence[int], tokens: Sequence[int], *, a
 def forms(model: MedusaModel) -> Iterator[str]:
     """The forms that are told apart for these heads; shared heads have no output layers to be missing."""
     yield from (TRAINED, WITHOUT_BIASES, WITHOUT_BLOCKS)
-    if model.heads.form == "separate":
+    if model.heads.form != "shared":
         yield WITHOUT_OUTPUT_LAYERS
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from axolotl_medusa.decoding.load_target import load_source
 from axolotl_medusa.decoding.target_cache import check_target, mixes_layer_types, sliding_window
@@ -152,13 +152,25 @@ def _write_heads(model: nn.Module, heads: MedusaHeads, out: Path, precision: str
     """Writes every head; one that shares the model's output layer gets a copy of it."""
     names = []
     for index in range(heads.num_heads):
-        layer = heads.output_layer(index) or cast(nn.Linear, output_embedding(model))
+        layer = heads.output_layer(index) or rows_of(cast(nn.Linear, output_embedding(model)), heads.token_map)
         name = head_file(index)
-        write_head_graph(heads.blocks(index), layer, out / name)
+        write_head_graph(heads.blocks(index), layer, out / name, heads.token_map)
         if precision in BITS:
             quantize(out / name, BITS[precision], data_file=None)
         names.append(name)
     return names
+
+
+def rows_of(layer: nn.Linear, token_map: Tensor | None) -> nn.Linear:
+    """The model's output layer, or of a draft vocabulary its rows alone."""
+    if token_map is None:
+        return layer
+    rows = nn.Linear(layer.in_features, len(token_map), bias=layer.bias is not None)
+    with torch.no_grad():
+        rows.weight.copy_(layer.weight[token_map])
+        if layer.bias is not None:
+            rows.bias.copy_(layer.bias[token_map])
+    return rows
 
 
 def _write_about(source: Source, out: Path, about: About, heads_precision: str, names: list[str]) -> None:

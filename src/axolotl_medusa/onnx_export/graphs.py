@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from axolotl_medusa.errors import first_line
 from axolotl_medusa.onnx_decoding.directory import About
@@ -111,15 +111,15 @@ def write_step_graph(model: nn.Module, about: About, file: Path) -> None:
     )
 
 
-def write_head_graph(blocks: nn.Module, output_layer: nn.Linear, file: Path) -> None:
-    """Exports one head in fp32, its weights in the same file.
+def write_head_graph(blocks: nn.Module, output_layer: nn.Linear, file: Path, token_map: Tensor | None = None) -> None:
+    """Exports one head in fp32, its weights in the same file; with a `token_map`, that of a draft vocabulary.
 
     Raises:
         ValueError: The exporter cannot follow it.
     """
     hidden = torch.zeros(2, output_layer.in_features)
     _export(
-        HeadGraph(blocks, output_layer),
+        HeadGraph(blocks, output_layer, token_map),
         file,
         {"hidden": hidden, "top_k": torch.tensor([2])},
         {"hidden": {0: torch.export.Dim("batch")}, "top_k": None},

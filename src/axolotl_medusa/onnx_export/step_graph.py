@@ -77,11 +77,12 @@ class HeadGraph(nn.Module):
     Args:
         blocks: Its residual blocks.
         output_layer: What follows them, `[vocabulary, H]`.
+        token_map: The tokens that the rows of the output layer stand for; None where they are the whole vocabulary.
     """
 
-    def __init__(self, blocks: nn.Module, output_layer: nn.Linear) -> None:
+    def __init__(self, blocks: nn.Module, output_layer: nn.Linear, token_map: Tensor | None = None) -> None:
         super().__init__()
-        self.blocks, self.output_layer = blocks, output_layer
+        self.blocks, self.output_layer, self.token_map = blocks, output_layer, token_map
 
     def forward(self, hidden: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
         """Best tokens first, `[B, top_k]`, and the logarithms of their probabilities; `hidden` is `[B, H]`."""
@@ -97,6 +98,7 @@ class HeadGraph(nn.Module):
             shapes=(shape, shape),
             version=OPSET,
         )
+        tokens = tokens if self.token_map is None else self.token_map[tokens]
         return tokens, best - logits.logsumexp(-1, keepdim=True)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from axolotl_medusa.measuring.training_plots import TRAINING_PLOTS
+from axolotl_medusa.model.head_form import form_of
 from axolotl_medusa.reporting.coloured_text import Example
 from axolotl_medusa.reporting.found_files import Found
 from axolotl_medusa.reporting.svg import bar_chart, line_chart, tree_chart
@@ -103,7 +104,7 @@ def _facts(found: Found) -> str:
     parts = {"config": found.config, "meta": found.meta}
     rows = [(name, parts[part][key]) for name, (part, key) in _FACTS.items() if parts[part].get(key) is not None]
     if "original_lm_head" in found.config:
-        rows.append(("output layers", "shared" if found.config["original_lm_head"] else "separate"))
+        rows.append(("output layers", form_of(found.config)))
     versions = found.meta.get("versions")
     if isinstance(versions, dict):
         rows.append(("versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value)))

@@ -37,7 +37,8 @@ class DraftHeads:
     Attributes:
         weights: Layer by layer of the residual blocks, `[N, H, H]`.
         biases: Layer by layer, `[N, H]`.
-        outputs: Own output layers, `[N, rows, H]`; None in the shared form. With tensor parallelism this rank's rows.
+        outputs: Output layers of their own, `[N, rows, H]`, or one for all, `[1, rows, H]`; None where they use the model's. With
+            tensor parallelism this rank's rows.
         first_row: Token of the first of these rows.
     """
 
@@ -71,9 +72,11 @@ class DraftHeads:
         return hidden
 
     def own_logits(self, hidden: Tensor) -> Tensor:
-        """Logits of heads with output layers of their own, `[requests, heads, rows]`, from `[requests, heads, H]`."""
+        """Logits of heads with output layers that are not the model's, `[requests, heads, rows]`, from `[requests, heads, H]`."""
         if self.outputs is None:
             raise RuntimeError("found heads that share the model's output layer, expected some with their own")
+        if len(self.outputs) == 1:
+            return F.linear(hidden, self.outputs[0])
         return torch.bmm(hidden.transpose(0, 1), self.outputs[: hidden.shape[1]].transpose(1, 2)).transpose(0, 1)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from axolotl_medusa.model.file_names import CONFIG_FILE
+from axolotl_medusa.model.head_form import DRAFT_VOCAB_KEY, form_of
 from axolotl_medusa.model.json_files import read_json
 from axolotl_medusa.model.tensor_files import TensorFiles
 from axolotl_medusa.serving.draft_heads import DraftHeads
@@ -102,10 +103,10 @@ def _stacked(
             raise ValueError(f"{files.where}: {name} is {found}, expected {shape}: get the heads again")
         return files.load(name)
 
-    def stack(layer: int, kind: Any, *shape: int, rows: slice = slice(None)) -> Tensor:
+    def stack(layer: int, kind: Any, *shape: int, rows: slice = slice(None), heads: int = num_heads) -> Tensor:
         length = len(range(*rows.indices(shape[0])))
-        stacked = torch.empty((num_heads, length, *shape[1:]), dtype=dtype, device=device)
-        for head in range(num_heads):
+        stacked = torch.empty((heads, length, *shape[1:]), dtype=dtype, device=device)
+        for head in range(heads):
             stacked[head].copy_(read(HeadTensor(head, layer, kind), shape)[rows])
         return stacked
 
@@ -118,9 +119,16 @@ def _stacked(
         for layer in range(layers)
     )
     output = next((tensor.layer for tensor in names if tensor.kind == "weight"), None)
-    if output is None or config.get("original_lm_head", False):
+    form = form_of({"original_lm_head": False, **config})
+    if output is None or form == "shared":
         return DraftHeads(weights, biases)
+    if config.get(DRAFT_VOCAB_KEY):
+        raise ValueError(
+            f"{files.where} holds heads that choose among {config[DRAFT_VOCAB_KEY]} of the model's tokens, which this drafter does not "
+            "serve: train them without medusa_draft_vocab"
+        )
     if output not in (OUTPUT_LAYER, layers):
         raise ValueError(f"{files.where} has an output layer after {output} blocks of {layers}: get the heads again")
-    rows = part.rows(vocab)
-    return DraftHeads(weights, biases, stack(output, "weight", vocab, hidden, rows=rows), rows.start)
+    rows, layers_of_their_own = part.rows(vocab), 1 if form == "trained" else num_heads
+    outputs = stack(output, "weight", vocab, hidden, rows=rows, heads=layers_of_their_own)
+    return DraftHeads(weights, biases, outputs, rows.start)

@@ -72,11 +72,11 @@ class MedusaDrafter:
         device, part = next(target.parameters()).device, Part(ranks.rank, ranks.count)
         heads = read_draft_heads(options.heads, options.num_drafts, options.sizes, options.dtype, device, part)
         self.drafter = HeadsDrafter(options, heads, OutputLayer(target), plan, ranks)
-        form = "shared" if heads.outputs is None else "separate"
+        form = "the model's output layer" if heads.outputs is None else "output layers of their own"
         known = [name for name, there in (("calibration", plan.calibration), ("step times", plan.step_times)) if there]
         how = f"as many drafts as pay (beside them: {' and '.join(known) or 'no plan'})"
         how = how if options.adaptive else f"always {options.num_drafts} drafts"
-        LOG.info("Medusa: %d heads (%s) of %s, %s", heads.num_heads, form, options.heads, how)
+        LOG.info("Medusa: %d heads with %s of %s, %s", heads.num_heads, form, options.heads, how)
 
     def take_step(self, step: Step) -> None:
         """Takes what the step computed that `propose` is called for."""
