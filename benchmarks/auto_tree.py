@@ -23,9 +23,10 @@ from benchmarks.machine import write_result
 from benchmarks.overfitted_heads import PROMPTS
 
 from axolotl_medusa.decoding.load_decoder import DTYPES, load_tokenizer
-from axolotl_medusa.decoding.loop import Decoding, GenerationStats
+from axolotl_medusa.decoding.loop import Decoding
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.plain import PlainDecoding
+from axolotl_medusa.decoding.running_rows import GenerationStats
 from axolotl_medusa.decoding.tree import Tree
 from axolotl_medusa.decoding.tree_chooser import AUTO
 from axolotl_medusa.measuring.evaluate import Decoded, environment

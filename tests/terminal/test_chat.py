@@ -12,8 +12,8 @@ from example_tokenizers import SPECIAL, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from axolotl_medusa.decoding.loop import GenerationStats
 from axolotl_medusa.decoding.medusa_model import MedusaModel
+from axolotl_medusa.decoding.running_rows import GenerationStats
 from axolotl_medusa.decoding.tree import chain
 from axolotl_medusa.model.heads import MedusaHeads
 from axolotl_medusa.terminal.chat import Answerer, Chat, TextPrinter, speed_line

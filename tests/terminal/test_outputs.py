@@ -57,7 +57,7 @@ def test_commands_refuse_before_they_load_a_model(arguments, file, tmp_path, cap
     def load(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(commands, "_load", load)
+    monkeypatch.setattr(commands, "load_heads", load)
     for module in ("measuring.plots", "measuring.training_plots", "terminal.commands"):
         monkeypatch.setattr(f"axolotl_medusa.{module}.check_matplotlib", lambda: None)
     history = [{"step": 1, "medusa0_loss": 1.0}]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from axolotl_medusa.decoding.acceptance import AcceptanceRule, tree_tensors
 from axolotl_medusa.decoding.compiled import CompiledBackbone
-from axolotl_medusa.decoding.running_rows import GenerationStats as GenerationStats
 from axolotl_medusa.decoding.running_rows import RunningRows, check_lengths
 from axolotl_medusa.decoding.target_cache import TargetCache
 from axolotl_medusa.decoding.tree import Tree

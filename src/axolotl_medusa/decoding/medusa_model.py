@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,24 +19,23 @@ from axolotl_medusa.decoding.acceptance import Acceptance, AcceptanceRule, accep
 from axolotl_medusa.decoding.auto_decoding import AutoDecoding
 from axolotl_medusa.decoding.compiled import CompiledBackbone
 from axolotl_medusa.decoding.load_target import check_sizes, load_target
-from axolotl_medusa.decoding.loop import Decoding, GenerationStats, check_prompts
+from axolotl_medusa.decoding.loop import Decoding, check_prompts
+from axolotl_medusa.decoding.running_rows import GenerationStats, Streamer, check_streamer
 from axolotl_medusa.decoding.target_cache import check_target
 from axolotl_medusa.decoding.tree import Tree, asked_tree
-from axolotl_medusa.decoding.tree_chooser import AUTO, PLAIN, TreeChooser, candidate_trees, tuned_trees, why_plain
+from axolotl_medusa.decoding.tree_chooser import (
+    AUTO,
+    PLAIN,
+    TreeChooser,
+    candidate_trees,
+    is_auto,
+    tuned_trees,
+    why_plain,
+)
 from axolotl_medusa.model.anatomy import causal_lm, frozen_output_embedding, logit_transform, output_embedding
 from axolotl_medusa.model.heads import MedusaHeads
 
 LOG = logging.getLogger(__name__)
-
-
-class Streamer(Protocol):
-    """What transformers' streamers have."""
-
-    def put(self, value: Tensor) -> None:
-        """Takes the prompt, `[1, prompt]`, then the new tokens of every step, `[tokens]`, the target's own one last."""
-
-    def end(self) -> None:
-        """Is called after the last token."""
 
 
 class MedusaModel:
@@ -293,23 +292,12 @@ class MedusaModel:
         if attention_mask is None:
             attention_mask = _mask_of(input_ids, None if pad_token_id in eos_token_ids else pad_token_id)
         check_prompts(input_ids, attention_mask, max_new_tokens, self.context)
-        if streamer is not None and len(input_ids) > 1:
-            raise ValueError(f"a streamer takes one prompt, the batch has {len(input_ids)}: leave the streamer out")
+        check_streamer(streamer, len(input_ids))
         device = causal_lm(self.base_model).get_input_embeddings().weight.device
-        if tree == AUTO and acceptance == "typical":
-            raise ValueError("tree='auto' with acceptance='typical', whose text depends on the tree: name a tree")
-        is_auto = tree == AUTO or (tree is None and acceptance != "typical")
-        chosen: Tree | Literal["auto"] = AUTO if is_auto else self.tree(tree)
+        chosen: Tree | Literal["auto"] = AUTO if is_auto(tree, acceptance) else self.tree(tree)
         prompt, mask = input_ids.to(device), attention_mask.to(device)
         decoding = self._decoding(prompt, mask, chosen, rule, max_new_tokens, eos_token_ids, compile)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        while decoding.rows:
-            new = decoding.step()
-            if streamer is not None:
-                streamer.put(torch.tensor(new[0]))
-        if streamer is not None:
-            streamer.end()
+        decoding.run(streamer, input_ids.cpu(), torch.tensor)
         sequences = _joined(input_ids, decoding.tokens, pad_token_id)
         return (sequences, decoding.stats) if return_stats else sequences
 

@@ -5,9 +5,11 @@ Contract: pure Python, no model and no tensors; the decoders of torch and of ONN
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from axolotl_medusa.decoding.tree import Choice
 
@@ -34,7 +36,17 @@ class GenerationStats:
         return self.emitted_tokens / self.forward_passes
 
 
-class RunningRows:
+class Streamer(Protocol):
+    """What transformers' streamers have; arrays are those of the decoder, torch's or numpy's."""
+
+    def put(self, value: Any) -> None:
+        """Takes the prompt, `[1, prompt]`, then the new tokens of every step, `[tokens]`, the target's own one last."""
+
+    def end(self) -> None:
+        """Is called after the last token."""
+
+
+class RunningRows(ABC):
     """The rows of a batch.
 
     Args:
@@ -86,9 +98,40 @@ class RunningRows:
         self.rows = [self.rows[index] for index in running]
         return emitted
 
+    def run(self, streamer: Streamer | None, prompts: Any, array: Callable[[list[int]], Any]) -> None:
+        """Steps until every row has stopped.
+
+        Args:
+            streamer: Gets the prompts and then the first row's new tokens of every step.
+            prompts: As the streamer takes them.
+            array: Makes of new tokens what it takes.
+        """
+        if streamer is not None:
+            streamer.put(prompts)
+        while self.rows:
+            new = self.step()
+            if streamer is not None:
+                streamer.put(array(new[0]))
+        if streamer is not None:
+            streamer.end()
+
+    @abstractmethod
+    def step(self) -> list[list[int]]:
+        """One forward of the target; returns the new tokens of the rows that were in it."""
+
+    @abstractmethod
     def _leave(self, running: list[int]) -> None:
         """Lets all rows but those at the indices `running` leave."""
-        raise NotImplementedError
+
+
+def check_streamer(streamer: Streamer | None, prompts: int) -> None:
+    """Refuses a streamer for more than one prompt.
+
+    Raises:
+        ValueError: There are more.
+    """
+    if streamer is not None and prompts > 1:
+        raise ValueError(f"a streamer takes one prompt, the batch has {prompts}: leave the streamer out")
 
 
 def check_lengths(lengths: Sequence[int], max_new_tokens: int, context: int | None) -> None:

@@ -92,6 +92,17 @@ def tuned_file(heads: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def is_auto(tree: Tree | str | Path | None, acceptance: str | None) -> bool:
+    """Whether the trees of an answer are chosen step by step: asked for, or by default.
+
+    Raises:
+        ValueError: They are asked for with an acceptance whose text depends on the tree.
+    """
+    if tree == AUTO and acceptance == "typical":
+        raise ValueError("tree='auto' with acceptance='typical', whose text depends on the tree: name a tree")
+    return tree == AUTO or (tree is None and acceptance != "typical")
+
+
 def why_plain(batch: int, compile: bool) -> str | None:
     """A line on why no tree can be chosen for these prompts and they are decoded plainly; None where one can.
 

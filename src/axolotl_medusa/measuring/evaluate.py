@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from axolotl_medusa.cpu_instructions import cpu_name
-from axolotl_medusa.decoding.loop import GenerationStats, check_prompts
+from axolotl_medusa.decoding.loop import check_prompts
 from axolotl_medusa.decoding.medusa_model import MedusaModel
 from axolotl_medusa.decoding.plain import PlainDecoding
+from axolotl_medusa.decoding.running_rows import GenerationStats
 from axolotl_medusa.decoding.tree import DEFAULT_TOP_K, Tree
 from axolotl_medusa.measuring.calibration import TOP_K, HeadRanks, head_ranks
 from axolotl_medusa.measuring.onnx_runs import decode_onnx, onnx_head_ranks

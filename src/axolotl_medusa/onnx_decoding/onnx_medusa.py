@@ -11,20 +11,21 @@ import platform
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from axolotl_medusa.cpu_instructions import cpu_name
 from axolotl_medusa.decoding.acceptance import Acceptance, AcceptanceRule, accept_greedy, acceptance_rule
 from axolotl_medusa.decoding.arrays import NumpyArrays
-from axolotl_medusa.decoding.running_rows import GenerationStats, check_lengths
+from axolotl_medusa.decoding.running_rows import GenerationStats, Streamer, check_lengths, check_streamer
 from axolotl_medusa.decoding.tree import Tree, asked_tree, read_least_probability
 from axolotl_medusa.decoding.tree_chooser import (
     AUTO,
     PLAIN,
     TreeChooser,
     candidate_trees,
+    is_auto,
     tuned_file,
     tuned_trees,
     why_plain,
@@ -37,16 +38,6 @@ from axolotl_medusa.onnx_decoding.sessions import check_provider, open_session, 
 from axolotl_medusa.onnx_decoding.target import Array, Forward, Target
 
 LOG = logging.getLogger(__name__)
-
-
-class Streamer(Protocol):
-    """What is told of tokens as they come."""
-
-    def put(self, value: Any) -> None:
-        """Takes the prompt, an array `[1, prompt]`, then the new tokens of every step, the target's own one last."""
-
-    def end(self) -> None:
-        """Is called after the last token."""
 
 
 class OnnxMedusa:
@@ -223,22 +214,11 @@ class OnnxMedusa:
         rule = acceptance_rule(acceptance, do_sample, temperature, epsilon, delta)
         check_lengths([len(prompt) for prompt in prompts], max_new_tokens, self.context)
         self._check_tokens(prompts)
-        if streamer is not None and len(prompts) > 1:
-            raise ValueError(f"a streamer takes one prompt, the batch has {len(prompts)}: leave the streamer out")
-        if tree == AUTO and acceptance == "typical":
-            raise ValueError("tree='auto' with acceptance='typical', whose text depends on the tree: name a tree")
-        is_auto = tree == AUTO or (tree is None and acceptance != "typical")
-        chosen: Tree | Literal["auto"] = AUTO if is_auto else self.tree(tree)
+        check_streamer(streamer, len(prompts))
+        chosen: Tree | Literal["auto"] = AUTO if is_auto(tree, acceptance) else self.tree(tree)
         eos = self.eos_token_ids if eos_token_id is None else _listed(eos_token_id)
         decoding = self.decoding(prompts, chosen, max_new_tokens, eos, rule, seed)
-        if streamer is not None:
-            streamer.put(np.array(prompts))
-        while decoding.rows:
-            new = decoding.step()
-            if streamer is not None:
-                streamer.put(np.array(new[0]))
-        if streamer is not None:
-            streamer.end()
+        decoding.run(streamer, np.array(prompts[:1]), np.array)
         return decoding.tokens, decoding.stats
 
     def answer(

@@ -43,7 +43,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         find_original(
             options.heads, options.base_model, options.original
         )  # what is missing is said before all the rest
-    model, tokenizer = _load(options)
+    model, tokenizer = load_heads(options)
     texts = [conversation_tokens(tokenizer, row) for row in held_out]
     if held_out:
         check_texts(texts)
@@ -87,7 +87,7 @@ def run_tree(options: argparse.Namespace) -> None:
     """Searches the fastest tree and writes it."""
     check_json_output(options.out, {"choices", "num_nodes", "calibration"}, "--out")
     prompts = read_prompts(options.calibration, options.limit)
-    model, tokenizer = _load(options)
+    model, tokenizer = load_heads(options)
     tokens = [PromptTokens(row.id, prompt_tokens(tokenizer, row), row.category) for row in prompts]
     tuned = tune_tree(model, tokens, options.nodes, options.max_new_tokens)
     facts = {"heads": str(options.heads), "calibration": str(options.calibration), **environment(model)}
@@ -111,7 +111,7 @@ def _print_tuned(tuned: TunedTree) -> None:
 def measured_outcomes(options: argparse.Namespace) -> tuple[Outcomes, dict[str, Any]]:
     """What becomes of the heads' drafts on greedy answers to the prompts, and what they were measured on."""
     prompts = read_prompts(options.prompts, options.limit)
-    model, tokenizer = _load(options)
+    model, tokenizer = load_heads(options)
     tokens = [PromptTokens(row.id, prompt_tokens(tokenizer, row), row.category) for row in prompts]
     outcomes = outcomes_of(model, tokens, options.max_new_tokens)
     if not outcomes[0]:
@@ -121,14 +121,14 @@ def measured_outcomes(options: argparse.Namespace) -> tuple[Outcomes, dict[str, 
 
 def run_generate(options: argparse.Namespace) -> None:
     """Prints an answer while it is written; what it took goes to stderr."""
-    model, tokenizer = _load(options)
+    model, tokenizer = load_heads(options)
     _, speed = _answerer(options, model, tokenizer).answer([{"role": "user", "content": options.prompt}])
     print(f"[{speed}]", file=sys.stderr)
 
 
 def run_chat(options: argparse.Namespace) -> None:
     """Talks in the terminal."""
-    model, tokenizer = _load(options)
+    model, tokenizer = load_heads(options)
     answerer = _answerer(options, model, tokenizer)
     answerer.colour = sys.stdout.isatty()
     Chat(answerer, input).run()
@@ -136,7 +136,7 @@ def run_chat(options: argparse.Namespace) -> None:
 
 def run_demo(options: argparse.Namespace) -> None:
     """Decodes a prompt plainly and with the heads, beside each other."""
-    model, tokenizer = _load(options)
+    model, tokenizer = load_heads(options)
     tokens = prompt_tokens(tokenizer, Prompt("given", ({"role": "user", "content": options.prompt},)))
     check_fits(model, [PromptTokens("given", tokens)], options.max_new_tokens)
     tree = _answering_tree(options, model)
@@ -165,7 +165,8 @@ def _answering_tree(options: argparse.Namespace, model: MedusaModel) -> Tree | L
     return AUTO
 
 
-def _load(options: argparse.Namespace) -> tuple[MedusaModel, Any]:
+def load_heads(options: argparse.Namespace) -> tuple[MedusaModel, Any]:
+    """The model with its heads and its tokenizer, as the options of a command name them."""
     return load_decoder(
         options.heads,
         options.base_model,

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from axolotl_medusa.decoding.load_decoder import load_decoder
 from axolotl_medusa.live.check_server import Chat, Report, check_server
 from axolotl_medusa.live.server import Server
 from axolotl_medusa.measuring.evaluate import PromptTokens, check_fits
@@ -19,6 +18,7 @@ from axolotl_medusa.model.sources import find_source
 from axolotl_medusa.serving.merged_cache import merged_dir
 from axolotl_medusa.serving.serve import ServeOptions, find_served, prepare, vllm_command
 from axolotl_medusa.serving.vllm_install import find_vllm
+from axolotl_medusa.terminal.commands import load_heads
 from axolotl_medusa.terminal.prompts import Prompt, default_prompts, prompt_tokens, read_prompts, turns_to_answer
 
 _API_KEY = "OPENAI_API_KEY"
@@ -54,14 +54,7 @@ def run_check_server(options: argparse.Namespace) -> None:
     """
     server = Server(options.url, os.environ.get(_API_KEY))
     prompts = read_prompts(options.prompts, options.limit) if options.prompts else default_prompts(options.limit)
-    model, tokenizer = load_decoder(
-        options.heads,
-        options.base_model,
-        dtype=options.dtype,
-        load_in_8bit=options.load_in_8bit,
-        load_in_4bit=options.load_in_4bit,
-        trust_remote_code=options.trust_remote_code,
-    )
+    model, tokenizer = load_heads(options)
     chats = list(_chats(tokenizer, prompts, _template_settings(find_source(options.heads, options.base_model).meta)))
     ids = [PromptTokens(prompt.id, list(chat.input_ids)) for prompt, chat in zip(prompts, chats, strict=True)]
     check_fits(model, ids, options.max_new_tokens)
