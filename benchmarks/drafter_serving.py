@@ -5,7 +5,8 @@
 Engines of vLLM, each in processes of its own that stand still while another one answers, take turns in every round:
 
 - `plain`: without heads; `plain sync`: the same without async scheduling, which vLLM switches off for a drafter of the user's;
-- `door`: a drafter that never drafts;
+- `door`: a drafter that never drafts, in vLLM as it is; `open door`: the same, with what our drafter mends in vLLM's sampling
+  of steps without drafts;
 - `fixed`: all heads, always; `adaptive`: as many drafts as pay.
 
 All answer the same prompts greedily, as many at once as the load says. What is judged is the median over rounds of an
@@ -28,9 +29,13 @@ from typing import Any
 from benchmarks.machine import description, write_result
 from demo.model_server import ENVIRONMENT, ROOT, VLLM_PYTHON, half_precision, heads_in
 
+from axolotl_medusa.serving.vllm_interface import sample_plainly
+
 PROMPTS = ROOT / "data_generation" / "prompts_heldout.jsonl"
 DRAFTER = "axolotl_medusa.vllm_drafter.MedusaDrafter"
-ENGINES = ("plain", "plain sync", "door", "fixed", "adaptive")
+DOORS = {"door": "NeverDrafts", "open door": "NeverDraftsPlainly"}
+"""Drafters of this file, by their engine."""
+ENGINES = ("plain", "plain sync", *DOORS, "fixed", "adaptive")
 LEARNING_ROUNDS = 1
 """Rounds before those that count: engines warm up, and `adaptive` learns its prices."""
 
@@ -53,21 +58,29 @@ class NeverDrafts:
         return [[] for _ in sampled_token_ids]
 
 
+class NeverDraftsPlainly(NeverDrafts):
+    """The same, and steps without drafts are sampled as they are without a drafter."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        super().__init__(vllm_config)
+        sample_plainly()
+
+
 def arguments_of(name: str, model: Path, heads: Path, loads: list[int]) -> dict[str, Any]:
     """Arguments of vLLM's `LLM` for an engine."""
     engine: dict[str, Any] = {"model": str(model), "max_model_len": 2048, "max_num_seqs": max(loads)}
     engine |= {"dtype": "bfloat16" if half_precision() else "float32", "disable_log_stats": False}
     if name == "plain sync":
         engine["async_scheduling"] = False
-    if name in ("door", "fixed", "adaptive"):
-        drafter = "benchmarks.drafter_serving.NeverDrafts" if name == "door" else DRAFTER
+    if name in (*DOORS, "fixed", "adaptive"):
+        drafter = f"benchmarks.drafter_serving.{DOORS[name]}" if name in DOORS else DRAFTER
         engine["speculative_config"] = {
             "method": "custom_class",
             "model": drafter,
             "num_speculative_tokens": heads_in(heads),
         }
         engine["additional_config"] = (
-            {} if name == "door" else {"medusa_heads": str(heads), "medusa_adaptive": name == "adaptive"}
+            {} if name in DOORS else {"medusa_heads": str(heads), "medusa_adaptive": name == "adaptive"}
         )
     return engine
 

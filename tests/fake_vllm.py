@@ -52,6 +52,9 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str] | None =
         ) -> Any:
             return self.drafter.propose(sampled_token_ids, self.input_batch.num_tokens, None, slot_mappings=None)
 
+        def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+            return "plain" if spec_decode_metadata is None else spec_decode_metadata.num_draft_tokens
+
     if arguments is not None:
         code = f"def propose_draft_token_ids(self, {', '.join(arguments)}): pass"
         names: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from axolotl_medusa.serving.vllm_drafter import MedusaDrafter
-from axolotl_medusa.serving.vllm_interface import _LORA_OUTPUT, ARGUMENTS, expanded
+from axolotl_medusa.serving.vllm_interface import _LORA_OUTPUT, ARGUMENTS, SAMPLING_ARGUMENTS, expanded
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = ROOT / ".venv-vllm" / "lib"
@@ -35,7 +35,10 @@ METHODS = {
         "all_gather": ["input_", "dim"],
         "broadcast_object": ["obj", "src"],
     },
-    (RUNNER, "GPUModelRunner"): {"propose_draft_token_ids": list(ARGUMENTS)},
+    (RUNNER, "GPUModelRunner"): {
+        "propose_draft_token_ids": list(ARGUMENTS),
+        "_sample": list(SAMPLING_ARGUMENTS),
+    },
     ("lora/layers/logits_processor.py", _LORA_OUTPUT): {},
 }
 
@@ -131,6 +134,12 @@ def test_runner_drafts_after_the_sampled_tokens_are_known(vllm):
     source = ast.unparse(class_of(vllm, RUNNER, "GPUModelRunner"))
     assert "propose_draft_token_ids(valid_sampled_token_ids)" in source
     assert "sample_hidden_states = hidden_states[logits_indices]" in source
+
+
+def test_runner_samples_plainly_where_it_is_told_of_no_drafts(vllm):
+    source = ast.unparse(method_of(vllm, RUNNER, "GPUModelRunner", "_sample"))
+    assert "if spec_decode_metadata is None:\n        return self.sampler(" in source
+    assert "self._sample(logits, spec_decode_metadata)" in ast.unparse(class_of(vllm, RUNNER, "GPUModelRunner"))
 
 
 def test_sampling_spreads_temperatures_with_a_function_of_its_module(vllm):

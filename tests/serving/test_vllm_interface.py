@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from axolotl_medusa.serving.vllm_interface import (
     expanded,
     read_options,
     repair_sampling,
+    sample_plainly,
     watch_steps,
 )
 from axolotl_medusa.vllm_drafter import MedusaDrafter
@@ -38,11 +40,25 @@ def test_vllm_without_an_argument_ends_in_one_line(monkeypatch, tmp_path, lost):
     assert "\n" not in str(error.value)
 
 
-def test_vllm_without_the_method_ends_in_one_line(monkeypatch):
+@pytest.mark.parametrize("method", ["propose_draft_token_ids", "_sample"])
+def test_vllm_without_a_method_ends_in_one_line(monkeypatch, method):
     runner = fake_vllm(monkeypatch)
-    del runner.propose_draft_token_ids
-    with pytest.raises(RuntimeError, match=KNOWN + "GPUModelRunner has no propose_draft_token_ids"):
+    delattr(runner, method)
+    with pytest.raises(RuntimeError, match=KNOWN + f"GPUModelRunner has no {method}"):
         check_interface()
+
+
+def test_steps_without_drafts_are_sampled_as_without_a_drafter(monkeypatch):
+    runner = fake_vllm(monkeypatch)
+    metadata = sys.modules["vllm.v1.spec_decode.metadata"].SpecDecodeMetadata
+    assert runner()._sample(None, metadata([0, 0])) == [0, 0]
+    sample_plainly()
+    method = runner._sample
+    sample_plainly()
+    assert runner._sample is method
+    assert runner()._sample(None, metadata([0, 0])) == "plain"
+    assert runner()._sample(None, spec_decode_metadata=metadata([0, 1])) == [0, 1]
+    assert runner()._sample(None, None) == "plain"
 
 
 @pytest.mark.parametrize(
@@ -53,8 +69,6 @@ def test_vllm_without_the_method_ends_in_one_line(monkeypatch):
     ],
 )
 def test_vllm_without_a_field_ends_in_one_line(monkeypatch, module, kind, name):
-    import sys
-
     fake_vllm(monkeypatch)
     monkeypatch.setattr(sys.modules[module], kind, dataclasses.make_dataclass(kind, ["other"]))
     with pytest.raises(RuntimeError, match=KNOWN + f"{kind} has no {name}"):
@@ -62,8 +76,6 @@ def test_vllm_without_a_field_ends_in_one_line(monkeypatch, module, kind, name):
 
 
 def test_vllm_without_a_module_ends_in_one_line(monkeypatch):
-    import sys
-
     fake_vllm(monkeypatch)
     monkeypatch.setitem(sys.modules, "vllm.v1.spec_decode.metadata", None)
     with pytest.raises(RuntimeError, match=KNOWN):
@@ -192,7 +204,6 @@ def test_values_of_requests_are_spread_over_their_rows(ends):
 
 def rejection_sampler(monkeypatch, function):
     """Puts vLLM's module of that name in place, with its function that spreads temperatures."""
-    import sys
     from types import ModuleType
 
     fake_vllm(monkeypatch)

@@ -21,6 +21,7 @@ from axolotl_medusa.serving.vllm_interface import (
     check_interface,
     read_options,
     repair_sampling,
+    sample_plainly,
     unknown_vllm,
     watch_steps,
 )
@@ -50,6 +51,7 @@ class MedusaDrafter:
     def __init__(self, vllm_config: Any) -> None:
         check_interface()
         watch_steps()
+        sample_plainly()
         self.options = read_options(vllm_config)
         self._step: Step | None = None
 

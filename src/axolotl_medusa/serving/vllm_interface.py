@@ -22,11 +22,14 @@ from axolotl_medusa.serving.heads_drafter import Options, Step
 TESTED = "0.32 and 0.33"
 ARGUMENTS = ("scheduler_output", "sampled_token_ids", "sample_hidden_states", "spec_decode_metadata")
 """Of `GPUModelRunner.propose_draft_token_ids`, by which they are found."""
+SAMPLING_ARGUMENTS = ("logits", "spec_decode_metadata")
+"""Of `GPUModelRunner._sample`."""
 
 OPTIONS = {"medusa_heads": str, "medusa_adaptive": bool, "medusa_record": str}
 """Keys of `--additional-config` and their types."""
 
 _WATCHED = "_tells_medusa_drafter"
+_PLAIN = "_samples_plainly_without_drafts"
 _LORA_OUTPUT = "LogitsProcessorWithLoRA"
 
 
@@ -77,18 +80,20 @@ def check_interface() -> None:
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     except ImportError as error:
         raise unknown_vllm(str(error)) from error
-    _check(getattr(GPUModelRunner, "propose_draft_token_ids", None), SchedulerOutput, SpecDecodeMetadata)
-
-
-def _check(method: Callable[..., Any] | None, output: type, metadata: type) -> None:
-    if method is None:
-        raise unknown_vllm("GPUModelRunner has no propose_draft_token_ids")
-    lacking = [name for name in ARGUMENTS if name not in inspect.signature(method).parameters]
-    if lacking:
-        raise unknown_vllm(f"GPUModelRunner.propose_draft_token_ids has no argument {lacking[0]}")
-    for kind, name in ((output, "total_num_scheduled_tokens"), (metadata, "num_draft_tokens")):
+    _check_method(GPUModelRunner, "propose_draft_token_ids", ARGUMENTS)
+    _check_method(GPUModelRunner, "_sample", SAMPLING_ARGUMENTS)
+    for kind, name in ((SchedulerOutput, "total_num_scheduled_tokens"), (SpecDecodeMetadata, "num_draft_tokens")):
         if not dataclasses.is_dataclass(kind) or name not in {field.name for field in dataclasses.fields(kind)}:
             raise unknown_vllm(f"{kind.__name__} has no {name}")
+
+
+def _check_method(kind: type, name: str, arguments: tuple[str, ...]) -> None:
+    method = getattr(kind, name, None)
+    if method is None:
+        raise unknown_vllm(f"{kind.__name__} has no {name}")
+    lacking = [argument for argument in arguments if argument not in inspect.signature(method).parameters]
+    if lacking:
+        raise unknown_vllm(f"{kind.__name__}.{name} has no argument {lacking[0]}")
 
 
 def unknown_vllm(found: str) -> RuntimeError:
@@ -133,6 +138,32 @@ def watched(method: Callable[..., Any]) -> Callable[..., Any]:
 
     setattr(propose_draft_token_ids, _WATCHED, True)
     return propose_draft_token_ids
+
+
+def sample_plainly() -> None:
+    """Lets every model runner of this process sample as without a drafter where a step has no drafts.
+
+    With a drafter, vLLM 0.32 and 0.33 run their rejection sampler in every step, also where no request has a draft to
+    verify: they copy all logits, and more. That is most of what a drafter costs that does not draft.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    method = GPUModelRunner._sample
+    if not getattr(method, _PLAIN, False):
+        GPUModelRunner._sample = plain_without_drafts(method)
+
+
+def plain_without_drafts(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`_sample` that is told of drafts only where there are any."""
+
+    @functools.wraps(method)
+    def _sample(runner: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            spec_decode_metadata = None
+        return method(runner, logits, spec_decode_metadata)
+
+    setattr(_sample, _PLAIN, True)
+    return _sample
 
 
 def repair_sampling() -> bool:
